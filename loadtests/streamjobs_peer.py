@@ -1,0 +1,122 @@
+"""streamjobs as the load tests see it; the one module that knows its names.
+
+As a child: `python -m loadtests.streamjobs_peer noop <warmup> <jobs>` enqueues no-ops and prints its timing
+as JSON; `... chat <jobs> <model>` submits chat jobs and prints their ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
+
+import redis
+import uvloop
+
+from loadtests.peers.peer import Peer
+from loadtests.processes import python
+from streamjobs.config import load_settings
+from streamjobs.store import Store, Submission
+
+BATCH = 500
+OWNERS = 20
+QUEUE = "default"
+COUNTS = "sj:{0}:counts"
+
+
+class Streamjobs(Peer):
+    """streamjobs with its full event log: queued, started, completed."""
+
+    name: ClassVar[str] = "streamjobs"
+    concurrency: ClassVar[int] = 200
+    recorded: ClassVar[str] = "its whole event log, its state, its owner's feed, notes for projections"
+
+    def version(self) -> str:
+        return importlib.metadata.version("streamjobs")
+
+    @property
+    def tuning(self) -> str:
+        return f"concurrency {self.concurrency}, submit_many of {BATCH}, {OWNERS} owners without a limit"
+
+    def enqueue_command(self, warmup: int, jobs: int) -> list[str]:
+        return python("-m", "loadtests.streamjobs_peer", "noop", str(warmup), str(jobs))
+
+    def worker_command(self) -> list[str]:
+        return worker_command("loadtests.noop_app:app", self.concurrency)
+
+    def env(self, url: str) -> dict[str, str]:
+        return super().env(url) | settings_env(url)
+
+    def done(self, client: redis.Redis, total: int) -> int:
+        return total - unended(client)
+
+
+def worker_command(app: str, concurrency: int) -> list[str]:
+    return python("-m", "streamjobs", "worker", app, "--concurrency", str(concurrency))
+
+
+def settings_env(url: str, **settings: str) -> dict[str, str]:
+    """Return the settings of every streamjobs process here, as environment variables."""
+    chosen = {"redis_url": url, "owner_limit": "0", "log_level": "warning"} | settings
+    return {f"STREAMJOBS_{name.upper()}": value for name, value in chosen.items()}
+
+
+def events_key(job_id: str) -> str:
+    return f"sj:{{0}}:job:{job_id}:events"
+
+
+def live_channel(job_id: str) -> str:
+    return f"sj:{{0}}:live:{job_id}"
+
+
+def unended(client: redis.Redis) -> int:
+    """Count the jobs that wait, are held or run: one HMGET."""
+    fields = [f"{place}:{QUEUE}" for place in ("waiting", "held", "running")]
+    counts: Any = client.hmget(COUNTS, fields)
+    return sum(int(count or 0) for count in counts)
+
+
+async def enqueue(warmup: int, jobs: int) -> None:
+    """Add no-ops; time those after the warm-up."""
+    async with opened() as store:
+        await add(store, warmup)
+        started = time.perf_counter()
+        await add(store, jobs)
+        seconds = time.perf_counter() - started
+    print(json.dumps({"jobs": jobs, "seconds": seconds}))
+
+
+async def add(store: Store, count: int) -> None:
+    for start in range(0, count, BATCH):
+        numbers = range(start, min(start + BATCH, count))
+        await store.jobs.submit_many(
+            [Submission(kind="noop", owner=f"owner-{n % OWNERS}", input=b"%d" % n) for n in numbers]
+        )
+
+
+async def chat(jobs: int, model: str) -> None:
+    """Submit chat jobs in one batch."""
+    content = json.dumps({"prompt": "go", "model": model, "tools": []}).encode()
+    async with opened() as store:
+        receipts = await store.jobs.submit_many(
+            [Submission(kind="chat", owner=f"owner-{n % OWNERS}", input=content) for n in range(jobs)]
+        )
+    print(json.dumps({"ids": [receipt.job_id for receipt in receipts]}))
+
+
+@contextlib.asynccontextmanager
+async def opened() -> AsyncIterator[Store]:
+    store = await Store.open(load_settings())
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+if __name__ == "__main__":
+    _, verb, first, second = sys.argv
+    uvloop.run(chat(int(first), second) if verb == "chat" else enqueue(int(first), int(second)))

@@ -1,0 +1,101 @@
+"""Roles in this process: a worker, or everything with a private Redis and, without a key, a scripted provider."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from streamjobs.app import App, load_app
+from streamjobs.config import Settings
+from streamjobs.gateway.app import Stop, serve
+from streamjobs.store import Store
+from streamjobs.store.embedded import RedisServer, embedded_redis
+from streamjobs.testing import ScriptedProvider
+from streamjobs.worker.worker import Worker
+
+_DEFAULTS = Settings()
+SCRIPTED_MODEL = "openai:scripted"
+
+
+def chosen_app(target: str | None) -> App:
+    """The App that the command line names, or one with the included tools. Raises `ConfigError`."""
+    return App() if target is None else load_app(target)
+
+
+async def run_worker(settings: Settings, app: App, queues: Sequence[str]) -> None:
+    """Run a worker until it is told to drain; a second signal ends it at once."""
+    store = await Store.open(settings)
+    try:
+        worker = Worker(store, app, queues=queues)
+        loop = asyncio.get_running_loop()
+
+        def drain() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            worker.drain()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, drain)
+        await worker.run()
+    finally:
+        await store.aclose()
+
+
+async def run_dev(settings: Settings, target: str | None) -> None:
+    """Run gateway and worker over a private Redis until told to stop."""
+    app = chosen_app(target)
+    async with local_redis(settings) as (settings, redis), local_provider(settings) as settings:
+        store = await Store.open(settings)
+        worker, stop = Worker(store, app), Stop()
+        with stop.on_signals():
+            working = asyncio.create_task(worker.run(), name="worker")
+            working.add_done_callback(lambda _: stop.asked.set())
+            try:
+                await serve(settings, app, store=store, stop=stop, on_ready=lambda url: _greet(url, redis))
+            finally:
+                worker.drain()
+                await working
+                await store.aclose()
+
+
+@contextlib.asynccontextmanager
+async def local_redis(settings: Settings) -> AsyncIterator[tuple[Settings, RedisServer]]:
+    """Yield settings that name a running Redis, and what it is."""
+    async with embedded_redis(Path(settings.data_dir), redis_url=settings.redis_url) as redis:
+        yield msgspec.structs.replace(settings, redis_url=redis.url), redis
+
+
+@contextlib.asynccontextmanager
+async def local_provider(settings: Settings) -> AsyncIterator[Settings]:
+    """Yield settings with which a model answers: as they are where a key or a server is set, else a scripted one."""
+    if has_provider(settings):
+        yield settings
+        return
+    click.secho("no API key is set: a scripted provider answers, no model does", fg="yellow", err=True)
+    async with ScriptedProvider() as provider:
+        yield msgspec.structs.replace(
+            settings,
+            openai_base_url=provider.openai_url,
+            provider="openai",
+            default_model=settings.default_model or SCRIPTED_MODEL,
+        )
+
+
+def has_provider(settings: Settings) -> bool:
+    """Whether the settings name a provider of their own."""
+    return bool(settings.openai_api_key or settings.anthropic_api_key) or (
+        settings.openai_base_url != _DEFAULTS.openai_base_url
+        or settings.anthropic_base_url != _DEFAULTS.anthropic_base_url
+    )
+
+
+def _greet(url: str, redis: RedisServer) -> None:
+    click.echo(f"Redis    {redis.description}", err=True)
+    click.echo(f"gateway  {url}", err=True)
+    click.echo(f"try      streamjobs submit --url {url} --prompt 'Hi' --watch", err=True)

@@ -1,0 +1,85 @@
+"""What several commands share: settings from the command line, the gateway's address, JSON output."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from streamjobs.config import Settings, load_settings
+from streamjobs.errors import ConfigError
+from streamjobs.logs import set_up_logs
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+
+def settings_options(command: Command) -> Command:
+    """Add --redis-url, --config and --set."""
+    for option in (
+        click.option(
+            "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any setting; may be repeated."
+        ),
+        click.option("--config", type=click.Path(path_type=Path), help="A YAML or JSON file of settings."),
+        click.option("--redis-url", help="redis://, rediss:// or unix://; default: $STREAMJOBS_REDIS_URL."),
+    ):
+        command = option(command)
+    return command
+
+
+def gateway_options(command: Command) -> Command:
+    """Add --url and --owner, for commands that talk to a gateway."""
+    for option in (
+        click.option("--owner", default="", help="Act as this owner."),
+        click.option(
+            "--url",
+            envvar="STREAMJOBS_URL",
+            default="http://127.0.0.1:8400",
+            show_default=True,
+            help="The gateway.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def read_settings(
+    redis_url: str | None, config: Path | None, assignments: tuple[str, ...], **more: Any
+) -> Settings:
+    """Settings as the options say, with logs set up by them. Raises `ConfigError`."""
+    overrides: dict[str, Any] = {"redis_url": redis_url, **more}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected NAME=VALUE")
+        overrides[name.strip()] = _value(name.strip(), value)
+    settings = load_settings(file=config, **overrides)
+    set_up_logs(settings)
+    return settings
+
+
+def require_redis(settings: Settings) -> Settings:
+    """The settings, if they say where Redis is. Raises `ConfigError`."""
+    if not settings.redis_url:
+        raise ConfigError(
+            "where is Redis? Give --redis-url or set STREAMJOBS_REDIS_URL (streamjobs dev brings its own)"
+        )
+    return settings
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run a command's coroutine, on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+def _value(name: str, text: str) -> Any:
+    if name in {"queues", "priority_weights"}:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text

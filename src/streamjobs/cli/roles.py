@@ -1,0 +1,98 @@
+"""Commands that run a role: dev (all of them), serve, worker, provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from streamjobs.cli.options import read_settings, require_redis, run, settings_options
+
+_APP = click.argument("app", required=False, metavar="[MODULE:APP]")
+
+
+@click.command()
+@_APP
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port of the API.")
+@settings_options
+def dev(
+    app: str | None, host: str | None, port: int | None, redis_url: str | None, config: Path | None,
+    assignments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Run everything in one process, with a private Redis.
+
+    The Redis is the one at --redis-url, or a redis-server started for this process with its data in data_dir, or,
+    where there is none, fakeredis (and then nothing survives). Without an API key a scripted provider answers.
+    """
+    from streamjobs.cli.local import run_dev
+
+    settings = read_settings(redis_url, config, assignments, host=host, port=port)
+    run(run_dev(settings, app))
+
+
+@click.command()
+@_APP
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port of the API.")
+@click.option("--ops-port", type=int, help="Probes and metrics on a port of their own.")
+@settings_options
+def serve(
+    app: str | None, host: str | None, port: int | None, ops_port: int | None, redis_url: str | None,
+    config: Path | None, assignments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Run the gateway: the API, and SSE for any number of viewers.
+
+    MODULE:APP names your App: submissions are checked against its workflows, agents and tools.
+    """
+    from streamjobs.cli.local import chosen_app
+    from streamjobs.gateway.app import serve as serve_gateway
+
+    settings = require_redis(
+        read_settings(redis_url, config, assignments, host=host, port=port, ops_port=ops_port)
+    )
+    run(serve_gateway(settings, chosen_app(app)))
+
+
+@click.command()
+@_APP
+@click.option(
+    "--queue", "queues", multiple=True, help="A queue to work on; may be repeated. Default: all of them."
+)
+@click.option("--concurrency", type=int, help="Jobs at once.")
+@settings_options
+def worker(
+    app: str | None, queues: tuple[str, ...], concurrency: int | None, redis_url: str | None, config: Path | None,
+    assignments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Run a worker until SIGTERM, which drains it: what cannot end in time is handed back.
+
+    MODULE:APP names your App, such as mypackage.jobs:app; without one it runs the built-in chat.
+    """
+    from streamjobs.cli.local import chosen_app, run_worker
+
+    settings = require_redis(read_settings(redis_url, config, assignments, concurrency=concurrency))
+    unknown = sorted(set(queues) - set(settings.queues))
+    if unknown:
+        raise click.UsageError(
+            f"not a declared queue: {', '.join(unknown)} (setting queues: {', '.join(settings.queues)})"
+        )
+    run(run_worker(settings, chosen_app(app), queues))
+
+
+@click.command()
+@click.option("--scenario", type=click.Path(path_type=Path), help="A YAML or JSON file; default: the demo's.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=int, default=8500, show_default=True)
+def provider(scenario: Path | None, host: str, port: int) -> None:
+    """Run the scripted provider: a model server that follows a scenario, faults included.
+
+    It speaks OpenAI's chat completions and Anthropic's messages; point openai_base_url at http://HOST:PORT/v1 or
+    anthropic_base_url at http://HOST:PORT.
+    """
+    from streamjobs.testing import DEMO, load_scenario
+    from streamjobs.testing import serve as serve_provider
+
+    script = DEMO if scenario is None else load_scenario(scenario)
+    click.echo(f"scripted provider on http://{host}:{port} (no model answers here)", err=True)
+    serve_provider(script, host, port)

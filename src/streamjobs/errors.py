@@ -1,0 +1,156 @@
+"""Every deliberate error: its code, its HTTP status, and whether trying again can help.
+
+Rule 1: the class tells the caller what to do; the message tells a person what happened.
+Rule 2: `code` is stable, clients may branch on it; the message is not.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class StreamjobsError(Exception):
+    """Base of every error raised on purpose."""
+
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+
+class BadRequest(StreamjobsError):
+    """The request cannot be understood. Correct it; the same request fails again."""
+
+    code, http_status = "bad_request", 400
+
+
+class InvalidCursor(BadRequest):
+    """A cursor that is not `<seq>-<epoch>`."""
+
+    code = "invalid_cursor"
+
+
+class Invalid(StreamjobsError):
+    """The request is well-formed and names a field that does not fit."""
+
+    code, http_status = "invalid", 422
+
+
+class UnknownKind(Invalid):
+    """No workflow of that name is registered."""
+
+    code = "unknown_kind"
+
+
+class UnknownQueue(Invalid):
+    """The queue is not declared."""
+
+    code = "unknown_queue"
+
+
+class UnknownTool(Invalid):
+    """No tool of that name is registered."""
+
+    code = "unknown_tool"
+
+
+class UnknownAgent(Invalid):
+    """No agent of that name is registered."""
+
+    code = "unknown_agent"
+
+
+class IdempotencyMismatch(Invalid):
+    """The Idempotency-Key was used before with another body."""
+
+    code = "idempotency_mismatch"
+
+
+class JobNotFound(StreamjobsError):
+    """No such job: never submitted, or its retention has passed."""
+
+    code, http_status = "not_found", 404
+
+
+class JobEnded(StreamjobsError):
+    """The job has ended; what was asked for needs a live one."""
+
+    code, http_status = "job_ended", 409
+
+
+class CursorNotFound(StreamjobsError):
+    """The cursor is not in the job's log (any more). Start over, without one."""
+
+    code, http_status = "cursor_not_found", 409
+
+
+class TooLarge(StreamjobsError):
+    """The body is over the limit."""
+
+    code, http_status = "too_large", 413
+
+
+class TooSlow(StreamjobsError):
+    """The body did not arrive in time. Try again."""
+
+    code, http_status, retryable = "too_slow", 408, True
+
+
+class StoreUnavailable(StreamjobsError):
+    """Redis cannot be reached now. Try again."""
+
+    code, http_status, retryable = "store_unavailable", 503, True
+
+
+class StoreFull(StreamjobsError):
+    """Redis is at its memory limit: running jobs may end, new ones are refused. Try again later."""
+
+    code, http_status, retryable = "store_full", 503, True
+
+
+class ConfigError(StreamjobsError):
+    """A setting is unknown, or its value does not fit."""
+
+    code = "config"
+
+
+class Fenced(StreamjobsError):
+    """Another worker holds the lease, or nobody does. Stop; do not retry."""
+
+    code, http_status = "fenced", 409
+
+
+class LimitExceeded(StreamjobsError):
+    """The job is over one of its budgets (events or bytes)."""
+
+    code, http_status = "limit_exceeded", 409
+
+
+class JobTimeout(StreamjobsError):
+    """The job ran longer than its timeout."""
+
+    code, http_status = "timeout", 504
+
+
+class ProviderError(StreamjobsError):
+    """A model provider failed. `retry_after` is its own wish, in seconds, where it said one."""
+
+    code, http_status = "provider_error", 502
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool = False,
+        retry_after: float | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.is_retryable = retryable
+        self.retry_after = retry_after
+        self.status = status
+
+
+class ToolError(StreamjobsError):
+    """A tool refuses its call; the message is what the model is told."""
+
+    code, http_status = "tool_error", 422

@@ -1,0 +1,49 @@
+"""Named fault points: no-ops, unless STREAMJOBS_FAULT names one.
+
+`STREAMJOBS_FAULT=after_tool_effect` kills the process (SIGKILL) when it first passes that point,
+`after_tool_effect:3` when it passes for the third time; `after_tool_effect:1:stop` sends SIGSTOP instead.
+Tests run the whole program once for each name; nothing else may set it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+POINTS = (
+    "after_take",
+    "after_load",
+    "after_turn_started",
+    "mid_turn",
+    "before_turn_completed",
+    "after_turn_completed",
+    "before_tool_started",
+    "after_tool_started",
+    "after_tool_effect",
+    "after_tool_completed",
+    "before_append",
+    "after_append",
+    "before_finish",
+    "after_finish",
+)
+"""Every point, in the order in which a chat job with a tool passes them (append: many times)."""
+
+_ARMED = os.environ.get("STREAMJOBS_FAULT", "")
+_passed = 0
+
+
+def fault(name: str) -> None:
+    """Die here if this is the armed point."""
+    if _ARMED:
+        _strike(name)
+
+
+def _strike(name: str) -> None:
+    global _passed  # noqa: PLW0603 - one armed point a process
+    armed, _, rest = _ARMED.partition(":")
+    if name != armed:
+        return
+    count, _, action = rest.partition(":")
+    _passed += 1
+    if _passed == int(count or 1):
+        os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""The HTTP side: submissions, views, and live streams of events."""

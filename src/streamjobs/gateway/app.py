@@ -1,0 +1,177 @@
+"""The gateway role: routes over one store and one hub, served until a signal, then drained.
+
+SIGTERM: readiness turns false, streams end at random moments of the grace with a jittered `retry:`, then
+the server stops, then the store closes. SIGINT does the same almost at once, as does a second signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Generator
+
+import structlog
+import uvloop
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from streamjobs.config import Settings
+from streamjobs.gateway.edge import Edge
+from streamjobs.gateway.events import Events
+from streamjobs.gateway.hub import Hub
+from streamjobs.gateway.jobs import JobRoutes, Registry
+from streamjobs.gateway.probes import Probes
+from streamjobs.gateway.server import Server, listen
+from streamjobs.store import Store
+from streamjobs.store.sweeper import Sweeper
+
+log = structlog.get_logger(__name__)
+
+QUICK_GRACE = 0.2
+"""Seconds that streams get after SIGINT: somebody is waiting at a terminal."""
+
+
+class Gateway:
+    """`asgi` is the API, `ops` the probes and metrics; both are ASGI apps. The store stays its maker's."""
+
+    def __init__(self, store: Store, registry: Registry, settings: Settings) -> None:
+        self.settings = settings
+        self.hub = Hub(store, settings)
+        self._sweeper = Sweeper(store)
+        self._sweeping: asyncio.Task[None] | None = None
+        probes = Probes(store, self.hub, settings.ready_timeout).routes()
+        jobs = JobRoutes(store, self.hub, registry, settings).routes()
+        events = Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"])
+        self.ops: ASGIApp = routed(probes)
+        self.asgi: ASGIApp = routed([*jobs, events, *([] if settings.ops_port else probes)])
+
+    async def start(self) -> None:
+        """Start the loops."""
+        self.hub.start()
+        self._sweeping = asyncio.create_task(self._sweeper.run(), name="sweeper")
+
+    async def drain(self, grace: float) -> None:
+        """Turn readiness false and end every stream within `grace` seconds."""
+        await self.hub.drain(grace)
+
+    async def aclose(self) -> None:
+        """Stop the loops and free every channel."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeping
+        await self.hub.aclose()
+
+
+def routed(routes: list[Route]) -> ASGIApp:
+    """An ASGI app of these routes; what they do not have and what goes wrong become problem documents."""
+    return Edge(Router(routes, redirect_slashes=False))
+
+
+class Stop:
+    """The signals that end a role: the first one asks for an orderly end, a second one for a quick one."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        self.is_interactive = False
+
+    def __call__(self, number: int) -> None:
+        """Take a signal."""
+        self.is_interactive = self.is_interactive or number == signal.SIGINT
+        if self.asked.is_set():
+            self.hurried.set()
+        self.asked.set()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Generator[None, None, None]:
+        """Hear SIGTERM and SIGINT; only the main thread can."""
+        loop = asyncio.get_running_loop()
+        heard = (signal.SIGTERM, signal.SIGINT)
+        for number in heard:
+            loop.add_signal_handler(number, self, number)
+        try:
+            yield
+        finally:
+            for number in heard:
+                loop.remove_signal_handler(number)
+
+
+async def serve(
+    settings: Settings,
+    registry: Registry,
+    *,
+    store: Store | None = None,
+    stop: Stop | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until told to stop, then drain.
+
+    Without a `store` one is opened and closed here. Without a `stop` signals are heard here (main thread
+    only). `on_ready` is called with the URL once requests are taken. Port 0 takes any free one.
+    Raises `OSError` where the port is taken, and what `Store.open` raises.
+    """
+    listener = listen(settings.host, settings.port, settings.send_buffer)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(listener.close)
+        if store is None:
+            store = await Store.open(settings)
+            stack.push_async_callback(store.aclose)
+        if stop is None:
+            stop = Stop()
+            stack.enter_context(stop.on_signals())
+        gateway = Gateway(store, registry, settings)
+        await gateway.start()
+        stack.push_async_callback(gateway.aclose)
+        await _serve(gateway, listener, stop, on_ready or _report)
+
+
+async def _serve(
+    gateway: Gateway, listener: socket.socket, stop: Stop, on_ready: Callable[[str], None]
+) -> None:
+    settings = gateway.settings
+    servers = [Server(gateway.asgi)]
+    running = [asyncio.create_task(servers[0].serve([listener]), name="server")]
+    if settings.ops_port:
+        servers.append(Server(gateway.ops))
+        ops = listen(settings.host, settings.ops_port, settings.send_buffer)
+        running.append(asyncio.create_task(servers[1].serve([ops]), name="ops server"))
+    on_ready(url_of(listener))
+    asked = asyncio.create_task(stop.asked.wait())
+    await asyncio.wait([*running, asked], return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    await _drain(gateway, stop)
+    for server in servers:
+        server.should_exit = True
+    await asyncio.gather(*running)
+
+
+async def _drain(gateway: Gateway, stop: Stop) -> None:
+    grace = QUICK_GRACE if stop.is_interactive else gateway.settings.drain_grace
+    log.info("gateway.draining", streams=gateway.hub.viewers, grace=grace)
+    draining = asyncio.create_task(gateway.drain(grace))
+    hurried = asyncio.create_task(stop.hurried.wait())
+    await asyncio.wait([draining, hurried], return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, hurried):
+        task.cancel()
+    await asyncio.gather(draining, hurried, return_exceptions=True)
+    if stop.hurried.is_set():
+        await gateway.drain(0.0)
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a listening socket can be reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _report(url: str) -> None:
+    log.info("gateway.ready", url=url)
+
+
+def run(settings: Settings, registry: Registry) -> None:
+    """Serve in this thread, on uvloop; returns after the drain."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings, registry))

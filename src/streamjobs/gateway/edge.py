@@ -1,0 +1,85 @@
+"""What every request passes: security headers, metrics by route template, errors as problem documents.
+
+One wrapper around `send` and nothing else, since streams pass it too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from streamjobs import metrics
+from streamjobs.gateway.problems import answer_to
+
+log = structlog.get_logger(__name__)
+
+SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+ABORT = "streamjobs.abort"
+"""Our server's ASGI extension: `call` breaks the connection at once."""
+
+
+class Edge:
+    """Wraps an ASGI app."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; an error becomes an answer, or breaks the connection if one has begun."""
+        if scope["type"] != "http":
+            return
+        scope["app"] = self  # makes the router raise for unknown paths and methods
+        sending = _Sending(scope, send)
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:  # noqa: BLE001 - the last one to see it; it is answered and logged
+            if sending.has_begun:
+                log.warning("response.broken", route=route_of(scope), error=type(error).__name__)
+                abort_of(scope)()
+            else:
+                await answer_to(error)(scope, receive, sending)
+
+
+class _Sending:
+    """`send` that knows whether the answer has begun, and adds what every answer has."""
+
+    __slots__ = ("_scope", "_send", "_started", "has_begun")
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self._started = time.perf_counter()
+        self.has_begun = False
+
+    async def __call__(self, message: Message) -> None:
+        if not self.has_begun:
+            self._begin(message)
+        await self._send(message)
+
+    def _begin(self, message: MutableMapping[str, Any]) -> None:
+        self.has_begun = True
+        message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
+        route = route_of(self._scope)
+        metrics.HTTP_REQUESTS.labels(route, str(message["status"])).inc()
+        metrics.HTTP_SECONDS.labels(route).observe(time.perf_counter() - self._started)
+        log.debug("request", method=self._scope["method"], route=route, status=message["status"])
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route, never the path: ids and queries are not for labels and logs."""
+    route = scope.get("route")
+    return "none" if route is None else str(route.path)
+
+
+def abort_of(scope: Scope) -> Callable[[], None]:
+    """How to break this connection; a server without our extension closes it when the app returns."""
+    extensions: dict[str, dict[str, Any]] = scope.get("extensions") or {}
+    return extensions.get(ABORT, {}).get("call", _nothing)
+
+
+def _nothing() -> None:
+    pass

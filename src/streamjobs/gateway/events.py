@@ -1,0 +1,194 @@
+"""`GET /v1/jobs/{id}/events`: a job's log as a live stream, one page of JSON, or all of it as NDJSON.
+
+`Accept` chooses: `application/json` and `application/x-ndjson` name theirs, anything else streams.
+The cursor comes as `Last-Event-ID`, which wins since a browser's URL is stale on a reconnect, or `?after=`.
+
+    no cursor               snapshot, then what follows (JSON and NDJSON: from the first event)
+    0                       from the first event
+    one in the log          exactly what follows it
+    one that is not         `reset` and snapshot, then what follows (JSON and NDJSON: 409 cursor_not_found)
+    no cursor at all        400 invalid_cursor
+    the terminal event's    204: there is nothing more, a browser stops
+
+Rule 1: a stream is over for its client once it has seen a terminal event, or a snapshot whose status is one.
+Rule 2: never 503 or 429 on the stream: browsers give up for good. When Redis is away the stream opens,
+heartbeats, and goes on when it is back; that a job does not exist is then said in an `error` frame.
+Rule 3: the stream talks to the server itself: one `send` for all that is due, no task for an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers, QueryParams
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from streamjobs import metrics
+from streamjobs.cursor import START, Cursor, parse_cursor
+from streamjobs.errors import CursorNotFound, Invalid, StoreUnavailable
+from streamjobs.events import encode_json
+from streamjobs.gateway import sse
+from streamjobs.gateway.edge import abort_of
+from streamjobs.gateway.hub import Hub
+from streamjobs.gateway.viewer import Viewer
+from streamjobs.store import Entry, JobRecord, Page
+
+FORMS = ("text/event-stream", "application/x-ndjson", "application/json")
+"""What `Accept` may name; where it names several, the first of these."""
+
+LOOKUP_TIMEOUT = 1.0
+"""Seconds that a new stream waits for Redis to say that the job exists; then it opens without."""
+
+_LIMIT = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
+
+
+class Events:
+    """The route, as an ASGI app."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer in the form that `Accept` asks for."""
+        job_id: str = scope["path_params"]["id"]
+        headers = Headers(scope=scope)
+        query = QueryParams(scope["query_string"])
+        cursor = wanted_cursor(headers, query)
+        form = _form(headers.get("accept", ""))
+        if form == "application/x-ndjson":
+            await self._ndjson(job_id, cursor or START, send)
+        elif form == "application/json":
+            response = await self._page(job_id, cursor or START, query.get("limit"))
+            await response(scope, receive, send)
+        else:
+            await self._stream(job_id, cursor, scope, receive, send)
+
+    # --- the stream
+
+    async def _stream(
+        self, job_id: str, cursor: Cursor | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        record, end = await self._look_up(job_id)
+        if end is not None and cursor == end:
+            await Response(status_code=204)(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body"})
+            return
+        viewer = self._hub.open(job_id, cursor, record, abort_of(scope))
+        listener = asyncio.create_task(_listen(receive, viewer), name="listen")
+        try:
+            await _pump(viewer, send)
+        finally:
+            self._hub.close(viewer)
+            listener.cancel()
+
+    async def _look_up(self, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
+        """The job's head, where it takes asking, and its terminal event if it has ended.
+
+        Raises `JobNotFound`; nothing when Redis is away.
+        """
+        channel = self._hub.find(job_id)
+        if channel is not None and channel.is_ready:
+            return None, channel.end
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT):
+                record = await self._hub.store.jobs.get(job_id)
+        except (StoreUnavailable, TimeoutError):
+            return None, None
+        return record, record.last if record.is_ended else None
+
+    # --- the log at once
+
+    async def _page(self, job_id: str, cursor: Cursor, limit: str | None) -> Response:
+        page = await self._read(job_id, cursor, _limit(limit, self._hub.settings.page_events))
+        last = page.entries[-1].cursor if page.entries else cursor
+        body = {
+            "events": [_event(entry) for entry in page.entries],
+            "cursor": str(last),
+            "last": str(page.last),
+            "status": page.status,
+            "more": not page.is_up_to_date,
+        }
+        return Response(
+            encode_json(body), media_type="application/json", headers={"Cache-Control": "no-store"}
+        )
+
+    async def _ndjson(self, job_id: str, cursor: Cursor, send: Send) -> None:
+        page = await self._read(job_id, cursor, self._hub.settings.page_events)
+        headers = [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        more = True
+        while more:
+            more = not page.is_up_to_date
+            body = b"".join(encode_json(_event(entry)) + b"\n" for entry in page.entries)
+            async with asyncio.timeout(self._hub.settings.send_timeout):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            if more:
+                page = await self._read(job_id, page.entries[-1].cursor, self._hub.settings.page_events)
+
+    async def _read(self, job_id: str, cursor: Cursor, limit: int) -> Page:
+        max_bytes = self._hub.settings.page_bytes
+        page = await self._hub.store.log.page(job_id, cursor, limit=limit, max_bytes=max_bytes)
+        if not page.found:
+            raise CursorNotFound(f"{cursor} is not in this job's log; read it again without a cursor")
+        return page
+
+
+def wanted_cursor(headers: Headers, query: QueryParams) -> Cursor | None:
+    """Where a client wants to go on, None for a client that is new. Raises `InvalidCursor`."""
+    text = headers.get("last-event-id") or query.get("after")
+    return parse_cursor(text) if text else None
+
+
+def _form(accept: str) -> str:
+    return next((form for form in FORMS if form in accept), FORMS[0])
+
+
+async def _pump(viewer: Viewer, send: Send) -> None:
+    """Send what is due until the stream is over."""
+    while not viewer.ended:
+        due = viewer.take()
+        if due is None:
+            if not viewer.ended:
+                await viewer.wait()
+            continue
+        viewer.begin_send()
+        await send({"type": "http.response.body", "body": due, "more_body": True})
+        viewer.end_send()
+        _count(viewer, due)
+    if viewer.ended not in {"gone", "slow"}:
+        await send({"type": "http.response.body"})
+
+
+def _count(viewer: Viewer, sent: bytes) -> None:
+    metrics.STREAM_BYTES.inc(len(sent))
+    if viewer.frames:
+        metrics.FRAMES_SENT.inc(viewer.frames)
+        viewer.frames = 0
+
+
+async def _listen(receive: Receive, viewer: Viewer) -> None:
+    """Notice that the client is gone, also while nothing is being sent."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            viewer.lose()
+            return
+
+
+def _event(entry: Entry) -> dict[str, Any]:
+    return {"id": str(entry.cursor), "type": entry.type, "data": msgspec.Raw(entry.data)}
+
+
+def _limit(text: str | None, most: int) -> int:
+    if text is None:
+        return most
+    if not _LIMIT.fullmatch(text):
+        raise Invalid("limit: a number of events, at least 1")
+    return min(int(text), most)

@@ -1,0 +1,226 @@
+"""The jobs that this process watches, one channel each.
+
+Rule 1: the last watcher of a job leaving frees everything about it; `channels` and `viewers` tell.
+Rule 2: pub/sub can lose without a word, so every few seconds all positions are compared with the logs' ends.
+Rule 3: a drain ends streams one by one, at random moments of the grace, never all at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from streamjobs import metrics
+from streamjobs.config import Settings
+from streamjobs.cursor import Cursor
+from streamjobs.errors import StreamjobsError
+from streamjobs.gateway.channel import Channel
+from streamjobs.gateway.snapshots import Snapshots
+from streamjobs.gateway.viewer import Viewer
+from streamjobs.store import JobRecord, Store, jitter
+
+log = structlog.get_logger(__name__)
+
+_BATCH = 1000
+"""Positions compared in one round trip."""
+_LAST_SEND = 1.0
+"""Seconds that a stream told to leave has for it."""
+
+
+class Hub:
+    """Channels by job, and the loop that checks them."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self.snapshots = Snapshots(store.log)
+        self._channels: dict[str, Channel] = {}
+        self._viewers: set[Viewer] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._checker: asyncio.Task[None] | None = None
+        self._drain_until: float | None = None
+        self._viewer_left = asyncio.Event()
+        metrics.VIEWERS.set_function(lambda: self.viewers)
+        metrics.CHANNELS.set_function(lambda: self.channels)
+
+    # --- life
+
+    def start(self) -> None:
+        """Start comparing positions."""
+        self._checker = asyncio.create_task(self._run_checks(), name="positions")
+
+    async def drain(self, grace: float) -> None:
+        """End every stream at a random moment within `grace` seconds; returns when all have ended."""
+        loop = asyncio.get_running_loop()
+        self._drain_until = loop.time() + grace
+        for viewer in self._viewers:
+            self._end_within(viewer, grace)
+        for channel in tuple(self._channels.values()):
+            channel.wake()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace + _LAST_SEND):
+                while self._viewers:
+                    self._viewer_left.clear()
+                    await self._viewer_left.wait()
+
+    async def aclose(self) -> None:
+        """Stop checking and free every channel."""
+        if self._checker is not None:
+            self._checker.cancel()
+        for viewer in tuple(self._viewers):
+            viewer.leave("drain")
+        for channel in tuple(self._channels.values()):
+            self.drop(channel)
+        tasks = [*self._tasks, *([self._checker] if self._checker else [])]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether streams are being ended."""
+        return self._drain_until is not None
+
+    @property
+    def channels(self) -> int:
+        """How many jobs are watched."""
+        return len(self._channels)
+
+    @property
+    def viewers(self) -> int:
+        """How many streams and waiting requests there are."""
+        return sum(len(channel.watchers) for channel in self._channels.values())
+
+    # --- channels and viewers
+
+    def find(self, job_id: str) -> Channel | None:
+        """The channel of a job that is watched now and can be."""
+        channel = self._channels.get(job_id)
+        return None if channel is None or channel.error is not None else channel
+
+    def channel(self, job_id: str, record: JobRecord | None = None) -> Channel:
+        """The channel of a job; a new one lives until its last watcher goes, so add one at once."""
+        channel = self.find(job_id)
+        if channel is None:
+            channel = self._channels[job_id] = Channel(self, job_id)
+            channel.start(record)
+        return channel
+
+    def drop(self, channel: Channel) -> None:
+        """Free a channel that nobody watches."""
+        if self._channels.get(channel.job_id) is channel:
+            del self._channels[channel.job_id]
+            self.snapshots.forget(channel.job_id)
+        channel.close()
+
+    def open(
+        self, job_id: str, cursor: Cursor | None, record: JobRecord | None, abort: Callable[[], None]
+    ) -> Viewer:
+        """A new stream, to be given to `close`; while draining it will end soon."""
+        viewer = Viewer(self.channel(job_id, record), cursor, self.settings, abort)
+        self._viewers.add(viewer)
+        if self._drain_until is not None:
+            self._end_within(viewer, self._drain_until - asyncio.get_running_loop().time())
+        return viewer
+
+    def close(self, viewer: Viewer) -> None:
+        """A stream is over."""
+        self._viewers.discard(viewer)
+        self._viewer_left.set()
+        viewer.close()
+
+    def _end_within(self, viewer: Viewer, seconds: float) -> None:
+        delay = random.uniform(0, max(0.0, seconds))
+        asyncio.get_running_loop().call_later(delay, viewer.leave, "drain")
+
+    # --- waiting without a stream
+
+    async def wait_for(
+        self, job_id: str, seconds: float, after: Cursor | None = None, record: JobRecord | None = None
+    ) -> bool:
+        """Wait for a job's end, or with `after` for any event behind it; False when `seconds` have passed.
+
+        Raises `JobNotFound`.
+        """
+        waiting = _Waiting(self.channel(job_id, record), after, lambda: self.is_draining)
+        try:
+            async with asyncio.timeout(seconds):
+                return await waiting.result()
+        except TimeoutError:
+            return False
+        finally:
+            waiting.close()
+
+    # --- positions
+
+    async def check_positions(self) -> None:
+        """Compare every watched job's position with its log's end. Raises `StoreUnavailable`."""
+        self.snapshots.sweep()
+        followed = [channel for channel in self._channels.values() if channel.is_followed]
+        for start in range(0, len(followed), _BATCH):
+            await self._check(followed[start : start + _BATCH])
+
+    async def _check(self, channels: list[Channel]) -> None:
+        before = [channel.tail for channel in channels]
+        tops = await self.store.log.tops(channel.job_id for channel in channels)
+        for channel, position in zip(channels, before, strict=True):
+            if channel.is_followed and channel.watchers:
+                channel.compare(position, tops[channel.job_id])
+
+    async def _run_checks(self) -> None:
+        while True:
+            await asyncio.sleep(jitter(self.settings.position_interval))
+            try:
+                await self.check_positions()
+            except StreamjobsError as error:
+                log.warning("positions.unchecked", error=error.code)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+        """Run something that must not be cut off in the middle; errors on purpose are logged."""
+        task = asyncio.create_task(_quietly(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Waiting:
+    """A watcher without a stream: for a job's end, or for anything behind a cursor."""
+
+    def __init__(self, channel: Channel, after: Cursor | None, is_enough: Callable[[], bool]) -> None:
+        self._channel = channel
+        self._after = after
+        self._is_enough = is_enough
+        self._woken = asyncio.Event()
+        channel.add(self)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def close(self) -> None:
+        self._channel.remove(self)
+
+    async def result(self) -> bool:
+        while not self._is_met():
+            if self._is_enough():
+                return False
+            self._woken.clear()
+            await self._woken.wait()
+        return True
+
+    def _is_met(self) -> bool:
+        channel = self._channel
+        if channel.error is not None:
+            raise channel.error
+        if channel.end is not None:
+            return True
+        return self._after is not None and channel.is_ready and channel.ring.top.seq > self._after.seq
+
+
+async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
+    try:
+        await work
+    except StreamjobsError as error:
+        log.debug("hub.task", error=error.code)

@@ -1,0 +1,99 @@
+"""The newest frames of one job, encoded once, for all its viewers. Pure.
+
+Rule 1: it holds the events behind `base` up to `top`, without a hole; the oldest leave when the bytes
+exceed the limit, and `base` moves on.
+Rule 2: a viewer is a cursor. What follows it is one join, shared by all who stand at the same place.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import NamedTuple
+
+from streamjobs.cursor import START, Cursor
+
+CHUNK_BYTES = 64 * 1024
+"""About the most that is handed to a connection at once."""
+
+_JOINS = 8
+"""Joins that are kept until the next event; more than this many viewers at different places share nothing."""
+
+
+class Chunk(NamedTuple):
+    """Frames to be sent in one piece: `frames` of them, the last one being event `cursor`."""
+
+    body: bytes
+    cursor: Cursor
+    frames: int
+
+
+class Ring:
+    """A bounded piece of a log's end."""
+
+    __slots__ = ("_bytes", "_cursors", "_ends", "_frames", "_joined", "_limit", "base", "top")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.reset(START)
+
+    def reset(self, at: Cursor) -> None:
+        """Forget everything; the next event follows `at`."""
+        self.base = self.top = at
+        self._cursors: list[Cursor] = []
+        self._frames: list[bytes] = []
+        self._ends: list[int] = []
+        self._bytes = 0
+        self._joined: dict[int, Chunk] = {}
+
+    def push(self, cursor: Cursor, frame: bytes) -> None:
+        """Add the next event."""
+        self._cursors.append(cursor)
+        self._frames.append(frame)
+        self._bytes += len(frame)
+        self._ends.append(self._bytes)
+        self.top = cursor
+
+    def settle(self) -> None:
+        """After pushing: drop what is over the limit, and the joins that are out of date."""
+        self._joined.clear()
+        excess = self._bytes - self._limit - self._before
+        if excess <= 0:
+            return
+        drop = min(bisect_left(self._ends, self._before + excess) + 1, len(self._frames) - 1)
+        if drop > 0:
+            self.base = self._cursors[drop - 1]
+            del self._cursors[:drop], self._frames[:drop], self._ends[:drop]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the frames held."""
+        return self._bytes - self._before
+
+    @property
+    def _before(self) -> int:
+        return self._ends[0] - len(self._frames[0]) if self._frames else self._bytes
+
+    def covers(self, seq: int) -> bool:
+        """Whether what follows event `seq` is here (or, at the top, still to come)."""
+        return self.base.seq <= seq <= self.top.seq
+
+    def holds(self, cursor: Cursor) -> bool:
+        """Whether this very event, not only its seq, is the base or held."""
+        if not self.covers(cursor.seq):
+            return False
+        index = cursor.seq - self.base.seq
+        return (self._cursors[index - 1] if index else self.base) == cursor
+
+    def after(self, seq: int) -> Chunk:
+        """What follows event `seq`, which must be covered and below the top; at most about `CHUNK_BYTES`."""
+        chunk = self._joined.get(seq)
+        if chunk is None:
+            chunk = self._join(seq - self.base.seq)
+            if len(self._joined) < _JOINS:
+                self._joined[seq] = chunk
+        return chunk
+
+    def _join(self, start: int) -> Chunk:
+        begins = self._ends[start] - len(self._frames[start])
+        stop = max(bisect_right(self._ends, begins + CHUNK_BYTES), start + 1)
+        return Chunk(b"".join(self._frames[start:stop]), self._cursors[stop - 1], stop - start)

@@ -1,0 +1,104 @@
+"""The socket and the server under the gateway: uvicorn, with what it does not have.
+
+Rule 1: the listening socket is ours; accepted ones inherit a small send buffer, since a viewer that does
+not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones.
+Rule 2: signals are ours too: uvicorn's own shutdown would wait for streams for ever.
+Rule 3: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Generator
+from typing import Any, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from streamjobs.gateway.edge import ABORT
+
+BACKLOG = 2048
+KEEP_ALIVE = 65
+"""Seconds; over the 60 of common proxies, and no more: a connection lost in that time is held as long."""
+SHUTDOWN_TIMEOUT = 5
+"""Seconds that uvicorn waits for what still runs after the drain."""
+HEAD_TIMEOUT = 15.0
+"""Seconds from connecting to a whole request head."""
+USER_TIMEOUT_MS = 30_000
+_TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
+
+
+def listen(host: str, port: int, send_buffer: int) -> socket.socket:
+    """A bound, listening socket. Raises `OSError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        with contextlib.suppress(OSError):
+            option: int = getattr(socket, "TCP_USER_TIMEOUT", _TCP_USER_TIMEOUT)
+            listener.setsockopt(socket.IPPROTO_TCP, option, USER_TIMEOUT_MS)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, whose connections can be broken from inside and must send a head in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the clock for the first request's head."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Tell the app how to break this connection."""
+        super().on_message_begin()
+        scope = cast("dict[str, Any]", self.scope)
+        scope["extensions"] = {ABORT: {"call": self.transport.abort}}
+
+    def on_headers_complete(self) -> None:
+        """The head is here."""
+        self._head_timer.cancel()
+        super().on_headers_complete()
+
+    def _give_up(self) -> None:
+        self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            uvicorn.Config(
+                cast("Any", app),
+                http=Protocol,
+                ws="none",
+                lifespan="off",
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                proxy_headers=False,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals to `serve`."""
+        yield

@@ -1,0 +1,117 @@
+"""Views of jobs, folded once for all who ask at the same time.
+
+Rule 1: a fold is kept for `RETAIN` seconds after its last use, so that a crowd costs one fold and then
+only what is new; `forget` frees it at once.
+Rule 2: a reader that must see its own writes says how far it has seen; an older view is not given to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import NamedTuple
+
+from streamjobs.cursor import START, Cursor
+from streamjobs.errors import Invalid
+from streamjobs.events import encode_json
+from streamjobs.job import Fold
+from streamjobs.store import Log
+
+RETAIN = 5.0
+KEEP = 256
+"""Folds that are kept at most."""
+
+
+class Snapshot(NamedTuple):
+    """A job's view as JSON, and the event it stands at."""
+
+    cursor: Cursor
+    view: bytes
+
+
+class _Kept(NamedTuple):
+    fold: Fold
+    snapshot: Snapshot
+    used: float
+
+
+class Snapshots:
+    """Folds logs, one at a time for each job."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._kept: dict[str, _Kept] = {}
+        self._folding: dict[str, asyncio.Task[Snapshot]] = {}
+
+    @property
+    def held(self) -> int:
+        """How many folds are kept or under way."""
+        return len(self._kept) + len(self._folding)
+
+    async def latest(self, job_id: str, at_least: Cursor = START) -> Snapshot:
+        """The view of a job as it stands now, and in any case not before `at_least`.
+
+        Raises `JobNotFound`, `StoreUnavailable`, or `InvalidTransition` for a damaged log.
+        """
+        snapshot = await self._shared(job_id)
+        return snapshot if snapshot.cursor.seq >= at_least.seq else await self._shared(job_id)
+
+    async def at(self, job_id: str, seq: int) -> Snapshot:
+        """The view of a job as it stood at event `seq`. Raises `Invalid` beyond the log's end."""
+        fold = Fold(job_id)
+        async for page in self._log.pages(job_id):
+            fold.apply_all(entry for entry in page.entries if entry.cursor.seq <= seq)
+            if fold.cursor.seq == seq:
+                return _snapshot_of(fold)
+        raise Invalid(f"at: the log ends at {fold.cursor.seq}")
+
+    def forget(self, job_id: str) -> None:
+        """Free what is kept of a job."""
+        self._kept.pop(job_id, None)
+
+    def sweep(self) -> None:
+        """Free what has not been used for a while."""
+        oldest = time.monotonic() - RETAIN
+        for job_id in [job_id for job_id, kept in self._kept.items() if kept.used < oldest]:
+            del self._kept[job_id]
+
+    async def _shared(self, job_id: str) -> Snapshot:
+        task = self._folding.get(job_id)
+        if task is None:
+            task = self._folding[job_id] = asyncio.create_task(self._fold(job_id), name="fold")
+            task.add_done_callback(_retrieve)
+        return await asyncio.shield(task)
+
+    async def _fold(self, job_id: str) -> Snapshot:
+        try:
+            kept = self._kept.pop(job_id, None)
+            fold = kept.fold if kept else Fold(job_id)
+            known = fold.cursor
+            fold = await self._continue(fold, job_id)
+            snapshot = kept.snapshot if kept and fold.cursor == known else _snapshot_of(fold)
+            self._keep(job_id, _Kept(fold, snapshot, time.monotonic()))
+            return snapshot
+        finally:
+            del self._folding[job_id]
+
+    async def _continue(self, fold: Fold, job_id: str) -> Fold:
+        async for page in self._log.pages(job_id, fold.cursor):
+            if not page.found:
+                return await self._continue(Fold(job_id), job_id)
+            fold.apply_all(page.entries)
+        return fold
+
+    def _keep(self, job_id: str, kept: _Kept) -> None:
+        if len(self._kept) >= KEEP:
+            del self._kept[next(iter(self._kept))]
+        self._kept[job_id] = kept
+
+
+def _snapshot_of(fold: Fold) -> Snapshot:
+    return Snapshot(fold.cursor, encode_json(fold.view()))
+
+
+def _retrieve(task: asyncio.Task[Snapshot]) -> None:
+    """So that a fold that failed after its last reader left is no warning."""
+    if not task.cancelled():
+        task.exception()

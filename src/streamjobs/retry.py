@@ -1,0 +1,47 @@
+"""Back-off: how long to wait before the next attempt. Pure, but for the jitter.
+
+Full jitter between half and the whole of the exponential delay, so that many jobs that
+failed together do not come back together.
+"""
+
+from __future__ import annotations
+
+import random
+from email.utils import parsedate_to_datetime
+
+import msgspec
+
+
+class Backoff(msgspec.Struct, frozen=True):
+    """Exponential back-off, in seconds: `base * factor ** (attempt - 1)`, at most `cap`."""
+
+    base: float = 1.0
+    cap: float = 300.0
+    factor: float = 2.0
+
+    def delay(self, attempt: int, *, at_least: float | None = None, jitter: float | None = None) -> float:
+        """Seconds to wait after failed attempt number `attempt` (1 is the first).
+
+        `at_least` is the other side's wish (Retry-After), itself held to `cap`; `jitter` in 0..1
+        replaces chance.
+        """
+        share = random.random() if jitter is None else jitter
+        exponential = min(self.cap, self.base * self.factor ** min(attempt - 1, 64))
+        return max(min(at_least or 0.0, self.cap), exponential * (0.5 + 0.5 * share))
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Read a Retry-After header: seconds or an HTTP date (RFC 9110, 10.2.3).
+
+    Returns seconds from `now` (a unix time), never negative; None where there is none or it does not parse.
+    """
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - now
+        except ValueError:
+            return None
+    return max(0.0, seconds) if seconds < float("inf") else None

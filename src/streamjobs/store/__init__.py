@@ -1,0 +1,131 @@
+"""The only package that talks to Redis."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from redis.asyncio import Redis
+
+from streamjobs.config import Settings
+from streamjobs.errors import ConfigError
+from streamjobs.store import keys
+from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
+from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
+from streamjobs.store.live import Listener, Live
+from streamjobs.store.log import Entry, Log, Page
+from streamjobs.store.scripts import Limits, Scripts, text, translated
+from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
+from streamjobs.store.workers import WorkerInfo, Workers
+
+__all__ = [
+    "Answer",
+    "Batch",
+    "Entry",
+    "JobRecord",
+    "Jobs",
+    "Lease",
+    "Listener",
+    "Live",
+    "Log",
+    "Outcome",
+    "Page",
+    "Receipt",
+    "Renewal",
+    "Store",
+    "Submission",
+    "Sweep",
+    "Taken",
+    "Work",
+    "WorkerInfo",
+    "Workers",
+]
+
+FORMAT = "1"
+
+
+class Store:
+    """Everything streamjobs does with one Redis. Made by `open`, ended by `aclose`."""
+
+    def __init__(self, settings: Settings, client: Redis, *, plain: bool = False) -> None:
+        self.settings = settings
+        self.is_plain = plain
+        self.client = client
+        self._subscriber = subscriber_client(settings)
+        self._blocking: list[Redis] = []
+        scripts = Scripts(client, Limits.of(settings), plain=plain)
+        self.log = Log(client, scripts)
+        self.jobs = Jobs(client, scripts, settings)
+        self.work = Work(client, scripts, settings)
+        self.workers = Workers(client, settings)
+        self.live = Live(self._subscriber)
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Store:
+        """Connect and check that this store fits the settings.
+
+        Raises `StoreUnavailable`, `ConfigError` where the store was created with another partition count or
+        Redis may evict keys.
+        """
+        client = rw_client(settings)
+        try:
+            with translated():
+                info: dict[str, Any] = await client.info("server")  # pyright: ignore[reportUnknownMemberType]
+            store = cls(settings, client, plain="fakeredis" in str(info.get("redis_build_id", "")))
+            await store._check_meta()
+            await store._check_eviction()
+        except BaseException:
+            await client.aclose()
+            raise
+        return store
+
+    @property
+    def partitions(self) -> range:
+        """The numbers of this store's partitions."""
+        return range(self.settings.partitions)
+
+    def blocking(self, block: float) -> Redis:
+        """A client of its own for a loop that blocks up to `block` seconds."""
+        client = blocking_client(self.settings, block)
+        self._blocking.append(client)
+        return client
+
+    async def ping(self) -> None:
+        """Raise `StoreUnavailable` unless Redis answers."""
+        with translated():
+            await self.client.execute_command("PING")
+
+    async def now_ms(self) -> int:
+        """Redis's clock."""
+        with translated():
+            seconds, microseconds = await self.client.execute_command("TIME")
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self.live.aclose()
+        for client in (*self._blocking, self._subscriber, self.client):
+            await client.aclose()
+
+    async def _check_meta(self) -> None:
+        wanted = {"partitions": str(self.settings.partitions), "format": FORMAT}
+        with translated():
+            for field, value in wanted.items():
+                await self.client.hsetnx(keys.META, field, value)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownMemberType]
+            found: dict[Any, Any] = await self.client.hgetall(keys.META)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType, reportUnknownMemberType]
+        for field, value in ((text(f), text(v)) for f, v in found.items()):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
+            if wanted.get(field, value) != value:
+                raise ConfigError(f"this store was created with {field} = {value}, not {wanted[field]}")
+
+    async def _check_eviction(self) -> None:
+        """Under an eviction policy a job's hash may vanish while its log stays. Managed Redis may hide it."""
+        with translated():
+            info: dict[str, Any] = await self.client.info("memory")  # pyright: ignore[reportUnknownMemberType]
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise ConfigError(f"Redis evicts keys (maxmemory-policy {policy}); streamjobs needs noeviction")
+
+
+def jitter(seconds: float) -> float:
+    """A duration changed by up to a quarter, so that many loops do not beat together."""
+    return seconds * random.uniform(0.75, 1.25)

@@ -1,0 +1,280 @@
+"""What callers do to jobs: submit, cancel, signal, pause, resume, look up.
+
+Rule 1: a submission is answered once it is in the log; its id is made before the call, so it may be sent twice.
+Rule 2: what scripts splice into JSON is encoded here; names that become parts of keys are checked here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import msgspec
+from redis.asyncio import Redis
+
+from streamjobs.config import Settings
+from streamjobs.cursor import Cursor
+from streamjobs.errors import (
+    IdempotencyMismatch,
+    Invalid,
+    JobEnded,
+    JobNotFound,
+    LimitExceeded,
+    StreamjobsError,
+    UnknownQueue,
+)
+from streamjobs.events import UNENCODABLE, JobQueued, Json, encode_event, encode_json
+from streamjobs.store import keys
+from streamjobs.store.log import stored_cursor
+from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
+
+_OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_BATCH = 500
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """A job to be. `input` is JSON as bytes; durations in seconds, 0 for none or the default.
+
+    `timeout` runs from first start to end, `start_timeout` from submission to first start.
+    `body` is what an Idempotency-Key is compared by; empty: the submission itself.
+    """
+
+    kind: str
+    owner: str = "anonymous"
+    input: bytes = b"null"
+    queue: str = "default"
+    priority: str = "default"
+    thread_id: str = ""
+    message_id: str = ""
+    metadata: dict[str, Json] = {}
+    delay: float = 0.0
+    timeout: float | None = None
+    start_timeout: float = 0.0
+    max_attempts: int = 0
+    concurrency_key: str = ""
+    idempotency_key: str = ""
+    body: bytes = b""
+    job_id: str = ""
+    parent: str = ""
+
+
+class Receipt(NamedTuple):
+    """What a submitter gets: `repeated` when this submission had come before."""
+
+    job_id: str
+    cursor: Cursor
+    repeated: bool
+
+
+class JobRecord(NamedTuple):
+    """The head of a job, as its hash has it."""
+
+    job_id: str
+    status: str
+    owner: str
+    kind: str
+    queue: str
+    last: Cursor
+    cancel_requested: bool
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.status in {"completed", "failed", "cancelled"}
+
+
+class Jobs:
+    """Submits jobs and acts on them from outside."""
+
+    def __init__(self, client: Redis, scripts: Scripts, settings: Settings) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._settings = settings
+
+    async def submit(self, submission: Submission) -> Receipt:
+        """Submit one job.
+
+        Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`.
+        """
+        return (await self.submit_many([submission]))[0]
+
+    async def submit_many(self, submissions: Iterable[Submission]) -> list[Receipt]:
+        """Submit many, in one call for each partition and 500 jobs; same order, errors as `submit`.
+
+        Where one is refused, those of its call that were accepted stay: with keys, all may be sent again.
+        """
+        rows = [self._row(submission) for submission in submissions]
+        receipts: list[Receipt | None] = [None] * len(rows)
+        for partition, indexes in _by_partition(rows).items():
+            for start in range(0, len(indexes), _BATCH):
+                part = indexes[start : start + _BATCH]
+                answers = await self._scripts.call(
+                    Scripts.SUBMIT, partition, len(part), *flatten(rows[i][1] for i in part)
+                )
+                for i, answer in zip(part, answers, strict=True):
+                    receipts[i] = _receipt(answer)
+        return [receipt for receipt in receipts if receipt is not None]
+
+    def _row(self, sub: Submission) -> tuple[int, list[str | bytes | int]]:
+        self._check(sub)
+        partition = keys.partition_of_owner(sub.owner, self._settings.partitions)
+        timeout = self._settings.job_timeout if sub.timeout is None else sub.timeout
+        try:
+            event = encode_event(_queued(sub, ms(timeout)))
+        except UNENCODABLE as error:
+            raise Invalid(f"the submission cannot be stored as JSON: {error}") from error
+        row: list[str | bytes | int] = [
+            sub.job_id or keys.new_job_id(partition),
+            sub.owner,
+            sub.kind,
+            sub.queue,
+            sub.priority,
+            ms(sub.delay),
+            ms(sub.start_timeout),
+            ms(timeout),
+            keys.scoped_digest(sub.owner, sub.concurrency_key) if sub.concurrency_key else "",
+            keys.scoped_digest(sub.owner, sub.idempotency_key) if sub.idempotency_key else "",
+            hashlib.blake2b(sub.body or event, digest_size=16).hexdigest() if sub.idempotency_key else "",
+            sub.parent,
+            event,
+        ]
+        return partition, row
+
+    def _check(self, sub: Submission) -> None:
+        if not _OWNER.fullmatch(sub.owner):
+            raise Invalid("owner: 1 to 128 of letters, digits and ._@:+/=-")
+        if not _NAME.fullmatch(sub.kind):
+            raise Invalid("kind: 1 to 64 of letters, digits and ._-")
+        if sub.queue not in self._settings.queues:
+            raise UnknownQueue(f"queue: {sub.queue!r} is not one of {', '.join(self._settings.queues)}")
+        if sub.priority not in {"high", "default", "low"}:
+            raise Invalid("priority: high, default or low")
+        for name in ("delay", "start_timeout"):
+            if not 0 <= getattr(sub, name) <= 10 * 365 * 86400:
+                raise Invalid(f"{name}: seconds, at least 0")
+        if sub.timeout is not None and not 0 <= sub.timeout <= 10 * 365 * 86400:
+            raise Invalid("timeout: seconds, at least 0")
+
+    async def get(self, job_id: str) -> JobRecord:
+        """The head of a job.
+
+        Raises `JobNotFound`.
+        """
+        with translated():
+            head: list[Any] = await self._client.hmget(  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType, reportUnknownMemberType]
+                keys.job_key(job_id), ["status", "owner", "kind", "queue", "last", "cancel"]
+            )
+        if head[0] is None:
+            raise JobNotFound("no such job")
+        status, owner, kind, queue, last = (text(value) for value in head[:5])
+        return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), head[5] is not None)
+
+    async def cancel(self, job_id: str, *, by: str = "", reason: str = "") -> str:
+        """Ask for a job's end; its children's too.
+
+        Returns `cancelled` (nobody ran it, or it was cancelled before) or `requested` (its worker is told).
+        Raises `JobNotFound`, `JobEnded` where it completed or failed.
+        """
+        answer = await self._act(Scripts.CANCEL, job_id, _fields(by=by, reason=reason))
+        if answer[0] == "already" and answer[1] != "cancelled":
+            raise JobEnded(f"the job has already {answer[1]}")
+        return "requested" if answer[0] == "requested" else "cancelled"
+
+    async def signal(self, job_id: str, name: str, payload: Json = None, *, key: str = "") -> bool:
+        """Send a live job a value; False where `key` was used before, and nothing was done.
+
+        Raises `JobNotFound`, `JobEnded`, `LimitExceeded`, `Invalid` where the payload is not JSON.
+        """
+        key = key or secrets.token_hex(8)
+        answer = await self._act(Scripts.SIGNAL, job_id, key, _fields(name=name, payload=payload, key=key))
+        if answer[0] == "already":
+            raise JobEnded(f"the job has already {answer[1]}")
+        if answer[0] == "limit":
+            raise LimitExceeded("the job's log is full")
+        return answer[0] == "ok"
+
+    async def pause(self, job_id: str, *, by: str = "", reason: str = "", key: str = "") -> str:
+        """Park a job until it is resumed; a running one at its next recorded point.
+
+        Returns `paused` or `requested`. Raises `JobNotFound`, `JobEnded`.
+        """
+        return await self._toggle(Scripts.PAUSE, job_id, by, reason, key)
+
+    async def resume(self, job_id: str, *, by: str = "", reason: str = "", key: str = "") -> str:
+        """Let a paused job go on; returns `resumed`, or the status of one that was not paused.
+
+        Raises `JobNotFound`, `JobEnded`.
+        """
+        return await self._toggle(Scripts.RESUME, job_id, by, reason, key)
+
+    async def _toggle(self, script: Any, job_id: str, by: str, reason: str, key: str) -> str:
+        answer = await self._act(script, job_id, key or secrets.token_hex(8), _fields(by=by, reason=reason))
+        if answer[0] != "already":
+            return answer[0]
+        if answer[1] in {"completed", "failed", "cancelled"}:
+            raise JobEnded(f"the job has already {answer[1]}")
+        return answer[1]
+
+    async def _act(self, script: Any, job_id: str, *arguments: str | bytes) -> list[str]:
+        answer = await self._scripts.call(script, keys.partition_of_job(job_id), job_id, *arguments)
+        words = [text(word) if isinstance(word, bytes) else str(word) for word in answer]
+        if words[0] == "gone":
+            raise JobNotFound("no such job")
+        return words
+
+
+def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
+    return JobQueued(
+        kind=sub.kind,
+        owner=sub.owner,
+        queue=sub.queue,
+        priority=sub.priority,
+        thread_id=sub.thread_id,
+        message_id=sub.message_id,
+        metadata=sub.metadata,
+        delay_ms=ms(sub.delay),
+        timeout_ms=timeout_ms,
+        max_attempts=sub.max_attempts,
+        concurrency_key=sub.concurrency_key,
+        parent=sub.parent,
+        input=msgspec.Raw(_one_line_json(sub.input)),
+    )
+
+
+def _one_line_json(text: bytes) -> bytes:
+    """JSON without line ends, which are legal between its tokens and would end an event's line."""
+    if text == b"null":
+        return text
+    text.decode()
+    msgspec.json.decode(text, type=msgspec.Raw)
+    return text.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+def _by_partition(rows: list[tuple[int, list[str | bytes | int]]]) -> dict[int, list[int]]:
+    indexes: dict[int, list[int]] = {}
+    for i, (partition, _) in enumerate(rows):
+        indexes.setdefault(partition, []).append(i)
+    return indexes
+
+
+def _receipt(answer: list[Any]) -> Receipt:
+    verdict, *rest = (text(word) for word in answer)
+    if verdict in {"ok", "same"}:
+        return Receipt(rest[0], stored_cursor(rest[1]), verdict == "same")
+    if verdict == "mismatch":
+        raise IdempotencyMismatch("this Idempotency-Key was used with another body")
+    if verdict == "parent":
+        raise JobEnded(f"the parent takes no more children: {rest[0]}")
+    raise StreamjobsError(f"submit: {rest[0]}")
+
+
+def _fields(**values: Json) -> bytes:
+    """JSON fields without the braces, for a script to put behind its `ts`."""
+    try:
+        return encode_json(values)[1:-1]
+    except UNENCODABLE as error:
+        raise Invalid(f"cannot be stored as JSON: {error}") from error

@@ -1,0 +1,165 @@
+"""Every key: pattern, type, lifetime. The doctor and the tests' leak checker read this same table.
+
+Rule 1: all keys of a partition carry its hash tag `{p}` and so live in one cluster slot.
+Rule 2: scripts derive every key from the prefix of `sj:{p}:leases`; what they write stands here.
+Rule 3: what belongs to a job expires with it; what belongs to the system is bounded by live jobs or a cap.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import secrets
+import zlib
+from typing import Literal, NamedTuple
+
+from streamjobs.errors import JobNotFound
+
+Lifetime = Literal["job", "live", "ttl", "capped", "forever"]
+"""job: expires when its job's retention ends · live: gone when empty · ttl: always has an expiry ·
+capped: a bounded stream · forever: one a store"""
+
+
+class Key(NamedTuple):
+    """One kind of key: a pattern over its full name, the Redis type, how long it lives, what it is."""
+
+    pattern: re.Pattern[str]
+    type: str
+    lifetime: Lifetime
+    meaning: str
+
+
+def _key(form: str, kind: str, lifetime: Lifetime, meaning: str) -> Key:
+    escaped = re.escape(form).replace("<job>", _JOB).replace("<any>", ".+")
+    return Key(re.compile(r"sj:\{\d+\}:" + escaped), kind, lifetime, meaning)
+
+
+_JOB = r"j\d{1,4}-[a-z2-7]{26}"
+_JOB_ID = re.compile(r"j(0|[1-9]\d{0,3})-[a-z2-7]{26}", re.ASCII)
+
+KEYS: tuple[Key, ...] = (
+    _key("job:<job>", "hash", "job", "the job's state, see FIELDS"),
+    _key("job:<job>:events", "stream", "job", "the job's log"),
+    _key("job:<job>:children", "set", "job", "jobs it spawned"),
+    _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
+    _key("idem:<any>", "string", "job", "digest of (owner, Idempotency-Key) -> job id and body digest"),
+    _key("ckey:<any>", "string", "live", "digest of (owner, concurrency_key) -> the job that holds it"),
+    _key("work:<any>", "stream", "live", "tickets of one queue and class; group `workers`"),
+    _key("leases", "zset", "live", "running jobs by the end of their lease"),
+    _key("timers", "zset", "live", "jobs by the earliest instant at which something is due"),
+    _key("held", "zset", "live", "lists of held jobs, by when they were last looked at"),
+    _key("held:<any>", "zset", "live", "held jobs of one queue and owner (and concurrency key), in order"),
+    _key("running:<any>", "set", "live", "an owner's running jobs"),
+    _key("tickets", "hash", "live", "tickets for each queue and owner"),
+    _key("counts", "hash", "forever", "waiting, held, running for each queue"),
+    _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
+    _key("feed", "stream", "capped", "notes for projections"),
+    _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
+    _key("take:<any>", "string", "ttl", "a worker's last take, for its resend"),
+    _key("worker:<any>", "string", "ttl", "a worker's registration"),
+    _key("workers", "zset", "live", "worker ids by heartbeat"),
+)
+
+META = "sj:meta"
+"""Hash: what a store was created with (partitions, format). One a store."""
+
+FIELDS: dict[str, str] = {
+    "owner": "whose job it is",
+    "kind": "workflow",
+    "queue": "queue",
+    "priority": "high, default or low",
+    "status": "where it is",
+    "created": "ms; also the epoch half of its first event's id",
+    "ended": "ms",
+    "seq": "of its last event",
+    "last": "id of its last event",
+    "bytes": "of all event contents",
+    "fed": "bytes of deltas since the last note on the feed",
+    "epoch": "of its last lease",
+    "lease": "the epoch, while and only while it is running",
+    "worker": "who had the last lease",
+    "batch": "number of the last batch within the lease",
+    "commit": "fingerprint of that batch, and the seq it ended at",
+    "inbox": "how many things came from outside",
+    "attempt": "1 and up",
+    "crashes": "leases lost in a row without progress",
+    "lost": "set from a lost lease to the next one",
+    "started": "set once it ran",
+    "since": "ms, queued since",
+    "ticket": "class and entry id of its ticket",
+    "held": "why it is held",
+    "order": "its place among held jobs",
+    "wake": "ms, when a scheduled job goes on",
+    "timers": "JSON, key -> ms",
+    "timeout": "ms, from first start to end",
+    "deadline": "ms, the instant that makes",
+    "start_by": "ms, queue timeout",
+    "due": "its score in `timers`",
+    "cancel": "ms, when cancelling was asked for",
+    "cancel_by": "by whom and why, as JSON fields",
+    "late": "deltas written since",
+    "pause": "by whom and why, as JSON fields, until carried out",
+    "ckey": "digest of owner and concurrency key",
+    "idem": "digest of owner and Idempotency-Key",
+    "parent": "job that spawned it",
+    "family": "set if it has children",
+    "asked": "set if it has a `seen` key",
+}
+"""Fields of a job's hash, all optional but the first few."""
+
+
+def classify(name: str) -> Key | None:
+    """The kind of a key, None for one that nobody declared."""
+    return next((key for key in KEYS if key.pattern.fullmatch(name)), None)
+
+
+def prefix(partition: int) -> str:
+    """What every key of a partition begins with."""
+    return f"sj:{{{partition}}}:"
+
+
+def partition_of_owner(owner: str, partitions: int) -> int:
+    """The partition that holds everything of an owner."""
+    return zlib.crc32(owner.encode()) % partitions
+
+
+def partition_of_job(job_id: str) -> int:
+    """The partition written into a job's id.
+
+    Raises `JobNotFound` for what cannot be an id.
+    """
+    match = _JOB_ID.fullmatch(job_id)
+    if match is None:
+        raise JobNotFound("no such job")
+    return int(match[1])
+
+
+def job_key(job_id: str) -> str:
+    """The key of a job's hash; its log is the same with `:events` behind."""
+    return f"{prefix(partition_of_job(job_id))}job:{job_id}"
+
+
+def live_channel(job_id: str) -> str:
+    """The pub/sub channel of a job's new events."""
+    return f"{prefix(partition_of_job(job_id))}live:{job_id}"
+
+
+def new_job_id(partition: int) -> str:
+    """A random id: 128 bits, nothing to guess."""
+    return _format_id(partition, secrets.token_bytes(16))
+
+
+def child_job_id(parent_id: str, key: str) -> str:
+    """The id of a parent's child: the same for the same key, so that spawning again finds it."""
+    digest = hashlib.blake2b(f"{parent_id}\0{key}".encode(), digest_size=16).digest()
+    return _format_id(partition_of_job(parent_id), digest)
+
+
+def _format_id(partition: int, random: bytes) -> str:
+    return f"j{partition}-{base64.b32encode(random).decode().lower().rstrip('=')}"
+
+
+def scoped_digest(owner: str, key: str) -> str:
+    """What a caller's key becomes: scoped to its owner, of fixed length and form."""
+    return hashlib.blake2b(f"{owner}\0{key}".encode(), digest_size=16).hexdigest()

@@ -1,0 +1,168 @@
+"""Loads the Lua scripts and calls them.
+
+Rule 1: every state change is a script; a script may be sent twice.
+Rule 2: what Redis answers badly becomes one of our errors here; no redis-py exception leaves the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any, ClassVar
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from streamjobs.config import Settings
+from streamjobs.errors import StoreFull, StoreUnavailable, StreamjobsError
+from streamjobs.store import keys
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What every script is told, as JSON; durations in ms."""
+
+    lease: int
+    sweep: int
+    retention: int
+    idempotency: int
+    owner_limit: int
+    max_crashes: int
+    crash_base: int
+    crash_cap: int
+    max_events: int
+    max_bytes: int
+    feed_cap: int
+    feed_bytes: int
+    owner_feed_cap: int
+    owner_feed_bytes: int
+    owner_feed_ttl: int
+    inline_bytes: int
+    scan: int = 2000
+    publish: str = "PUBLISH"
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        """The limits that these settings mean."""
+        return cls(
+            lease=ms(settings.lease),
+            sweep=ms(settings.sweep_interval),
+            retention=ms(settings.retention),
+            idempotency=ms(settings.idempotency_ttl),
+            owner_limit=settings.owner_limit,
+            max_crashes=settings.max_crashes,
+            crash_base=ms(settings.crash_base),
+            crash_cap=ms(settings.crash_cap),
+            max_events=settings.max_events,
+            max_bytes=settings.max_bytes,
+            feed_cap=settings.feed_cap,
+            feed_bytes=settings.feed_bytes,
+            owner_feed_cap=settings.owner_feed_cap,
+            owner_feed_bytes=settings.owner_feed_bytes,
+            owner_feed_ttl=ms(settings.owner_feed_ttl),
+            inline_bytes=settings.inline_bytes,
+        )
+
+
+def ms(seconds: float) -> int:
+    """Seconds as whole milliseconds."""
+    return round(seconds * 1000)
+
+
+class Script:
+    """One script's text and digest. `flags` is its `#!lua` line; `shared` puts common.lua in front."""
+
+    def __init__(self, name: str, flags: str = "", *, shared: bool = True) -> None:
+        folder = resources.files(__package__) / "scripts"
+        body = (folder / f"{name}.lua").read_text()
+        common = (folder / "common.lua").read_text() if shared else ""
+        head = f"#!lua{' flags=' + flags if flags else ''}\n"
+        self.text = head + common + body
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        self.plain_text = common + body
+        self.plain_sha = hashlib.sha1(self.plain_text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Scripts:
+    """Calls scripts on one client. `plain` is for servers that know no `#!lua` line (fakeredis)."""
+
+    SUBMIT: ClassVar = Script("submit")
+    TAKE: ClassVar = Script("take", "allow-oom")
+    APPEND: ClassVar = Script("append")
+    APPEND_ALWAYS: ClassVar = Script("append", "allow-oom")
+    RENEW: ClassVar = Script("renew", "allow-oom")
+    WAKE: ClassVar = Script("wake", "allow-oom")
+    CANCEL: ClassVar = Script("cancel", "allow-oom")
+    SIGNAL: ClassVar = Script("signal")
+    PAUSE: ClassVar = Script("pause", "allow-oom")
+    RESUME: ClassVar = Script("resume", "allow-oom")
+    INSPECT: ClassVar = Script("inspect", "no-writes")
+    READ: ClassVar = Script("read", "no-writes", shared=False)
+
+    def __init__(self, client: Redis, limits: Limits, *, plain: bool = False) -> None:
+        self._client = client
+        self._limits = msgspec.json.encode(limits)
+        self._plain = plain
+
+    async def call(self, script: Script, partition: int, *arguments: str | bytes | int) -> Any:
+        """Run a script on a partition; ARGV is the limits, then `arguments`.
+
+        Raises `StoreFull`, `StoreUnavailable`, or `StreamjobsError` for a script's own fault.
+        """
+        return await self._run(script, f"{keys.prefix(partition)}leases", self._limits, *arguments)
+
+    async def read(self, key: str, *arguments: str | bytes | int) -> Any:
+        """Run the read script, which takes the job's key and no limits."""
+        return await self._run(self.READ, key, *arguments)
+
+    async def _run(self, script: Script, key: str, *arguments: str | bytes | int) -> Any:
+        sha, text = (script.plain_sha, script.plain_text) if self._plain else (script.sha, script.text)
+        with translated():
+            try:
+                return await self._client.execute_command("EVALSHA", sha, 1, key, *arguments)
+            except NoScriptError:
+                await self._client.execute_command("SCRIPT", "LOAD", text)
+                return await self._client.execute_command("EVALSHA", sha, 1, key, *arguments)
+
+
+class translated:  # noqa: N801 - reads as the statement it is
+    """`with translated():` turns redis-py's exceptions into ours."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RedisError):
+            raise _ours(error) from error
+
+
+def _ours(error: RedisError) -> StreamjobsError:
+    if isinstance(error, OutOfMemoryError):
+        return StoreFull("Redis is at its memory limit")
+    if isinstance(error, ConnectionError | TimeoutError | BusyLoadingError | ReadOnlyError):
+        return StoreUnavailable(f"Redis cannot be reached: {type(error).__name__}")
+    if isinstance(error, ResponseError) and str(error).startswith(
+        ("LOADING", "MISCONF", "BUSY", "MASTERDOWN", "UNBLOCKED")
+    ):
+        return StoreUnavailable(f"Redis refuses commands now: {error}")
+    return StreamjobsError(f"Redis: {error}")
+
+
+def flatten(rows: Iterable[Iterable[str | bytes | int]]) -> list[str | bytes | int]:
+    """Rows as the flat list that ARGV is."""
+    return [value for row in rows for value in row]
+
+
+def text(value: bytes | str) -> str:
+    """A reply's string, whatever the client decodes."""
+    return value.decode() if isinstance(value, bytes) else value

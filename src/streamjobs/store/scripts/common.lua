@@ -1,0 +1,393 @@
+-- common: put in front of every script. One way to write an event, one way to move a job between places.
+--
+-- KEYS 1 sj:{p}:leases, for routing; every other key is derived from its prefix and stays in {p}.
+-- ARGV 1 limits and lifetimes as a JSON object (scripts.py, Limits); all durations in ms.
+--
+-- A job is fetched once into `job.h`, changed by put(), written back by save(). What many jobs of one
+-- call share (timers, leases, counts) is gathered and written by settle(), which ends every script.
+-- Hash fields: keys.py. Places: queued (a ticket, or held), running (a lease), scheduled, waiting, paused, ended.
+
+local PREFIX = string.match(KEYS[1], '^(sj:{[^}]*}:)')
+local OPT = cjson.decode(ARGV[1])
+local TIME = redis.call('TIME')
+local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
+
+local ENDED = { completed = true, failed = true, cancelled = true }
+local TERMINAL = { ['job.completed'] = 'completed', ['job.failed'] = 'failed', ['job.cancelled'] = 'cancelled' }
+local DELTA = { ['text.delta'] = true, ['reasoning.delta'] = true }
+local RANK = { resume = 0, high = 1, default = 2, low = 3 }
+
+local gathered = { leased = {}, unleased = {}, armed = {}, disarmed = {}, counts = {}, tickets = {}, owners = {} }
+
+-- A row fails alone: what it raises becomes its answer
+local function guarded(row, ...)
+  local ok, answer = pcall(row, ...)
+  if ok then return answer end
+  return { 'error', type(answer) == 'table' and answer.err or tostring(answer) }
+end
+
+-- Fetch, change, save ---------------------------------------------------------------------------------
+
+local function fetch(id)
+  local flat = redis.call('HGETALL', PREFIX .. 'job:' .. id)
+  if #flat == 0 then return nil end
+  local h = {}
+  for i = 1, #flat, 2 do h[flat[i]] = flat[i + 1] end
+  return { id = id, key = PREFIX .. 'job:' .. id, h = h, changed = {}, lines = {} }
+end
+
+local function number(job, field) return tonumber(job.h[field] or 0) end
+
+-- nil removes the field
+local function put(job, field, value)
+  job.h[field] = value
+  job.changed[field] = true
+end
+
+local function count(field, by) gathered.counts[field] = (gathered.counts[field] or 0) + by end
+
+local function note_for_projections(job)
+  if job.note == nil then
+    if number(job, 'fed') < OPT.feed_bytes then return end
+    job.note = 'text.delta'
+  end
+  if job.h.fed ~= nil then put(job, 'fed', nil) end
+  redis.call('XADD', PREFIX .. 'feed', 'MAXLEN', '~', OPT.feed_cap, '*', 'j', job.id, 's', job.h.seq, 't', job.note)
+end
+
+local function save(job)
+  if #job.lines > 0 then
+    note_for_projections(job)
+    redis.call(OPT.publish, PREFIX .. 'live:' .. job.id, table.concat(job.lines, '\n'))
+  end
+  local set, gone = {}, {}
+  for field in pairs(job.changed) do
+    local value = job.h[field]
+    if value == nil then
+      gone[#gone + 1] = field
+    else
+      set[#set + 1] = field
+      set[#set + 1] = value
+    end
+  end
+  if #set > 0 then redis.call('HSET', job.key, unpack(set)) end
+  if #gone > 0 then redis.call('HDEL', job.key, unpack(gone)) end
+  job.changed, job.lines, job.note = {}, {}, nil
+end
+
+-- Events ----------------------------------------------------------------------------------------------
+
+-- The id's second half for events that are not the lease holder's: Redis's clock, at least the last epoch.
+local function bystander(job) return math.max(NOW, number(job, 'epoch')) end
+
+-- `fields` is JSON without its closing brace and without ts, such as '"why":"yield"'; may be empty
+local function stamped(fields) return '{"ts":' .. NOW .. (fields ~= '' and ',' .. fields or '') .. '}' end
+
+local function emit(job, epoch, event, content)
+  local seq = number(job, 'seq') + 1
+  local id = seq .. '-' .. epoch
+  redis.call('XADD', job.key .. ':events', id, 't', event, 'd', content)
+  put(job, 'seq', seq)
+  put(job, 'last', id)
+  put(job, 'bytes', number(job, 'bytes') + #content)
+  job.lines[#job.lines + 1] = id .. ' ' .. event .. ' ' .. content
+  if DELTA[event] then
+    put(job, 'fed', number(job, 'fed') + #content)
+    if job.h.cancel then put(job, 'late', number(job, 'late') + 1) end
+    return
+  end
+  job.note = event
+  if string.sub(event, 1, 4) == 'job.' and event ~= 'job.log' then
+    redis.call('XADD', PREFIX .. 'owner:' .. job.h.owner .. ':events', 'MAXLEN', '~', OPT.owner_feed_cap, '*',
+      'j', job.id, 'i', id, 't', event, 'd', #content <= OPT.owner_feed_bytes and content or '')
+    gathered.owners[job.h.owner] = true
+  end
+end
+
+-- Tells the worker that holds the job; only a hint, every append and renewal carries the count.
+local function count_inbox(job)
+  put(job, 'inbox', number(job, 'inbox') + 1)
+  if job.h.lease then redis.call(OPT.publish, PREFIX .. 'inbox', job.id) end
+end
+
+-- Timers: at most one member a job, the earliest of what it waits for -----------------------------------
+
+local function timers_of(job) return job.h.timers and cjson.decode(job.h.timers) or {} end
+
+local function earliest(job)
+  local due
+  local function consider(at)
+    at = tonumber(at)
+    if at and (due == nil or at < due) then due = at end
+  end
+  consider(job.h.wake)
+  -- a running job is ended by its worker; the sweep steps in one lease later
+  if job.h.deadline then consider(job.h.deadline + (job.h.lease and OPT.lease or 0)) end
+  consider(job.h.start_by)
+  for _, at in pairs(timers_of(job)) do consider(at) end
+  return due
+end
+
+local function arm(job)
+  local due = earliest(job)
+  if due == tonumber(job.h.due) then return end
+  put(job, 'due', due)
+  gathered.armed[job.id], gathered.disarmed[job.id] = due, nil
+  if due == nil then gathered.disarmed[job.id] = true end
+end
+
+local function set_timers(job, encoded)
+  local timers = timers_of(job)
+  for key, delay in pairs(cjson.decode(encoded)) do
+    if timers[key] == nil then timers[key] = NOW + delay end
+  end
+  put(job, 'timers', cjson.encode(timers))
+end
+
+-- Places ----------------------------------------------------------------------------------------------
+
+-- tickets of this owner in this queue; read once a call, written back by settle()
+local function tickets(queue, owner)
+  local field = queue .. '|' .. owner
+  local known = gathered.tickets[field]
+  if known == nil then
+    known = tonumber(redis.call('HGET', PREFIX .. 'tickets', field) or 0)
+    gathered.tickets[field] = known
+  end
+  return known
+end
+
+local function count_ticket(job, by)
+  local h = job.h
+  gathered.tickets[h.queue .. '|' .. h.owner] = tickets(h.queue, h.owner) + by
+  count('waiting:' .. h.queue, by)
+end
+
+local function running(owner) return redis.call('SCARD', PREFIX .. 'running:' .. owner) end
+
+-- A wait counts from when it began, however often the job is held and released
+local function mark_queued(job)
+  if job.h.status ~= 'queued' then put(job, 'since', NOW) end
+  put(job, 'status', 'queued')
+end
+
+local function enqueue(job)
+  local class = job.h.started and 'resume' or job.h.priority
+  local entry = redis.call('XADD', PREFIX .. 'work:' .. job.h.queue .. ':' .. class, '*', 'j', job.id)
+  put(job, 'ticket', class .. '|' .. entry)
+  mark_queued(job)
+  count_ticket(job, 1)
+end
+
+local function held_list(job, reason)
+  local list = job.h.queue .. '|' .. job.h.owner
+  if reason == 'concurrency_key' then list = list .. '|' .. job.h.ckey end
+  return list
+end
+
+local function hold(job, reason)
+  local order = job.h.order
+  if not order then
+    local class = job.h.started and 'resume' or job.h.priority
+    order = RANK[class] * 1e12 + redis.call('HINCRBY', PREFIX .. 'counts', 'order', 1)
+    put(job, 'order', order)
+  end
+  local list = held_list(job, reason)
+  redis.call('ZADD', PREFIX .. 'held:' .. list, order, job.id)
+  redis.call('ZADD', PREFIX .. 'held', 'NX', NOW, list)
+  mark_queued(job)
+  put(job, 'held', reason)
+  count('held:' .. job.h.queue, 1)
+end
+
+local function unhold(job)
+  local list = held_list(job, job.h.held)
+  redis.call('ZREM', PREFIX .. 'held:' .. list, job.id)
+  if redis.call('EXISTS', PREFIX .. 'held:' .. list) == 0 then redis.call('ZREM', PREFIX .. 'held', list) end
+  put(job, 'held', nil)
+  count('held:' .. job.h.queue, -1)
+end
+
+-- What keeps this job from starting now, if anything
+local function obstacle(job)
+  if OPT.owner_limit > 0 and running(job.h.owner) >= OPT.owner_limit then return 'owner_limit' end
+  if job.h.ckey then
+    local holder = redis.call('GET', PREFIX .. 'ckey:' .. job.h.ckey)
+    if holder and holder ~= job.id then return 'concurrency_key' end
+  end
+end
+
+-- Takes the job out of the place it is in; its next place is the caller's to give
+local function leave(job)
+  local h = job.h
+  if h.lease then
+    put(job, 'lease', nil)
+    gathered.unleased[job.id], gathered.leased[job.id] = true, nil
+    redis.call('SREM', PREFIX .. 'running:' .. h.owner, job.id)
+    count('running:' .. h.queue, -1)
+    job.left_running = true
+  elseif h.held then
+    unhold(job)
+  elseif h.ticket then
+    put(job, 'ticket', nil)
+    count_ticket(job, -1)
+  end
+  if h.wake then put(job, 'wake', nil) end
+end
+
+local function requeue(job, why)
+  emit(job, bystander(job), 'job.requeued', stamped('"why":"' .. why .. '"'))
+  leave(job)
+  enqueue(job)
+end
+
+local function set_aside(job, reason)
+  emit(job, bystander(job), 'job.requeued', stamped('"why":"held","held":"' .. reason .. '"'))
+  leave(job)
+  hold(job, reason)
+  save(job)
+end
+
+local function park(job, status)
+  leave(job)
+  put(job, 'status', status)
+end
+
+-- Gives the first of a held list that may start its ticket back; returns whether it did. One whose concurrency key
+-- was taken meanwhile goes to that key's list, out of the way of those behind it.
+local function release(list)
+  local queue, owner = string.match(list, '^([^|]*)|([^|]*)')
+  if OPT.owner_limit > 0 and running(owner) + tickets(queue, owner) >= OPT.owner_limit then return false end
+  for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'held:' .. list, 0, OPT.scan - 1)) do
+    local job = fetch(id)
+    local reason = job and job.h.held and obstacle(job)
+    if not job or not job.h.held then
+      redis.call('ZREM', PREFIX .. 'held:' .. list, id)
+    elseif not reason then
+      requeue(job, 'released')
+      save(job)
+      return true
+    elseif reason == job.h.held then
+      return false
+    else
+      set_aside(job, reason)
+    end
+  end
+  if redis.call('EXISTS', PREFIX .. 'held:' .. list) == 0 then redis.call('ZREM', PREFIX .. 'held', list) end
+  return false
+end
+
+-- Only a hint, so what is wrong with a waiter does no harm to the job that made room for it
+local function offer(queue, owner, ckey)
+  local list = queue .. '|' .. owner
+  if ckey and redis.call('EXISTS', PREFIX .. 'held:' .. list .. '|' .. ckey) == 1 then guarded(release, list .. '|' .. ckey) end
+  if redis.call('EXISTS', PREFIX .. 'held:' .. list) == 1 then guarded(release, list) end
+end
+
+-- The end ---------------------------------------------------------------------------------------------
+
+local function tell_parent(job, event, content)
+  local parent = job.h.parent and fetch(job.h.parent)
+  if not parent or ENDED[parent.h.status] then return end
+  local fields = '"job":"' .. job.id .. '","status":"' .. job.h.status .. '"'
+  local outcome = event == 'job.completed' and string.match(content, '("result":.*)}$')
+    or event == 'job.failed' and string.match(content, '("error":.*)}$')
+  if outcome then fields = fields .. ',' .. outcome end
+  emit(parent, bystander(parent), 'child.ended', stamped(fields))
+  count_inbox(parent)
+  if parent.h.status == 'waiting' then
+    requeue(parent, 'child')
+    arm(parent)
+  end
+  save(parent)
+end
+
+-- Writes the terminal event and lets go of everything; every key of the job gets the same expiry.
+local function finish(job, epoch, event, content)
+  emit(job, epoch, event, content)
+  park(job, TERMINAL[event])
+  for _, field in ipairs({ 'timers', 'deadline', 'start_by', 'pause', 'order' }) do
+    if job.h[field] then put(job, field, nil) end
+  end
+  arm(job)
+  put(job, 'ended', NOW)
+  local ckey = job.h.ckey
+  if ckey and redis.call('GET', PREFIX .. 'ckey:' .. ckey) == job.id then redis.call('DEL', PREFIX .. 'ckey:' .. ckey) end
+  save(job)
+  local expiry = NOW + OPT.retention
+  redis.call('PEXPIREAT', job.key, expiry)
+  redis.call('PEXPIREAT', job.key .. ':events', expiry)
+  if job.h.family then redis.call('PEXPIREAT', job.key .. ':children', expiry) end
+  if job.h.asked then redis.call('PEXPIREAT', job.key .. ':seen', expiry) end
+  if job.h.idem then
+    redis.call('PEXPIREAT', PREFIX .. 'idem:' .. job.h.idem, math.max(expiry, number(job, 'created') + OPT.idempotency))
+  end
+  if job.h.parent then guarded(tell_parent, job, event, content) end
+  if job.left_running or ckey then offer(job.h.queue, job.h.owner, ckey) end
+end
+
+local function finish_cancelled(job, epoch)
+  local asked = job.h.cancel or NOW
+  local fields = job.h.cancel_by or '"by":"","reason":""'
+  finish(job, epoch, 'job.cancelled', stamped(fields .. ',"effective_ms":' .. math.max(0, NOW - asked)
+    .. ',"deltas_after":' .. number(job, 'late')))
+end
+
+local function finish_failed(job, code, message)
+  finish(job, bystander(job), 'job.failed',
+    stamped('"error":{"code":"' .. code .. '","message":"' .. message .. '","retryable":false}'))
+end
+
+-- After a lease is given up: the wishes that came meanwhile go first
+local function parked_by_wish(job, epoch)
+  if job.h.cancel then
+    finish_cancelled(job, epoch)
+    return true
+  end
+  if job.h.pause then
+    emit(job, bystander(job), 'job.paused', stamped(job.h.pause))
+    put(job, 'pause', nil)
+    park(job, 'paused')
+    return true
+  end
+  return false
+end
+
+-- Answers --------------------------------------------------------------------------------------------
+
+local function in_slices(command, key, values)
+  for i = 1, #values, 4000 do
+    redis.call(command, key, unpack(values, i, math.min(i + 3999, #values)))
+  end
+end
+
+local function members(set)
+  local list = {}
+  for id in pairs(set) do list[#list + 1] = id end
+  return list
+end
+
+local function scored(set)
+  local list = {}
+  for id, score in pairs(set) do
+    list[#list + 1] = score
+    list[#list + 1] = id
+  end
+  return list
+end
+
+local function settle()
+  in_slices('ZADD', KEYS[1], scored(gathered.leased))
+  in_slices('ZREM', KEYS[1], members(gathered.unleased))
+  in_slices('ZADD', PREFIX .. 'timers', scored(gathered.armed))
+  in_slices('ZREM', PREFIX .. 'timers', members(gathered.disarmed))
+  for field, by in pairs(gathered.counts) do
+    if by ~= 0 then redis.call('HINCRBY', PREFIX .. 'counts', field, by) end
+  end
+  for field, n in pairs(gathered.tickets) do
+    if n > 0 then redis.call('HSET', PREFIX .. 'tickets', field, n) else redis.call('HDEL', PREFIX .. 'tickets', field) end
+  end
+  for owner in pairs(gathered.owners) do
+    redis.call('PEXPIRE', PREFIX .. 'owner:' .. owner .. ':events', OPT.owner_feed_ttl)
+  end
+end

@@ -1,0 +1,27 @@
+-- pause: parks a job until it is resumed; a running one at its next recorded point.
+-- ARGV 2 job, 3 dedupe key, 4 "by" and "reason" as JSON fields
+-- answer: {"paused"} | {"requested"} | {"dup"} | {"already", status} | {"gone"}
+
+local function pause(id, key)
+  local job = fetch(id)
+  if not job then return { 'gone' } end
+  if redis.call('SISMEMBER', job.key .. ':seen', key) == 1 then return { 'dup' } end
+  if ENDED[job.h.status] or job.h.status == 'paused' then return { 'already', job.h.status } end
+  if job.h.pause then return { 'requested' } end
+  put(job, 'asked', '1')
+  if job.h.lease then
+    put(job, 'pause', ARGV[4])
+    count_inbox(job)
+  else
+    emit(job, bystander(job), 'job.paused', stamped(ARGV[4]))
+    park(job, 'paused')
+    arm(job)
+  end
+  save(job)
+  redis.call('SADD', job.key .. ':seen', key)
+  return { job.h.lease and 'requested' or 'paused' }
+end
+
+local answer = pause(ARGV[2], ARGV[3])
+settle()
+return answer

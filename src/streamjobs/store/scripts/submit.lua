@@ -1,0 +1,82 @@
+-- submit: new jobs; each gets its log, its hash, and a ticket, a timer or a hold.
+-- ARGV 2 n, then per row 13: id, owner, kind, queue, priority, delay, start_timeout, timeout, ckey, idem, body, parent, event
+--   ckey, idem: digests scoped to the owner, or ''; body: digest of the request; durations in ms, 0 for none;
+--   event: job.queued as JSON without ts
+-- row: {"ok", id, cursor} | {"same", id, cursor} (this submission came before) | {"mismatch", id}
+--      (its key came with another body) | {"parent", status} (the parent takes no more children) | {"error", why}
+
+local WIDTH = 13
+
+local function first_cursor(id, created) return '1-' .. (created or '0') end
+
+local function repeated(id, idem, body)
+  if idem ~= '' then
+    local record = redis.call('GET', PREFIX .. 'idem:' .. idem)
+    if record then
+      local known, digest = string.match(record, '^(%S+) (%S+)$')
+      if digest ~= body then return { 'mismatch', known } end
+      return { 'same', known, first_cursor(known, redis.call('HGET', PREFIX .. 'job:' .. known, 'created')) }
+    end
+  end
+  local created = redis.call('HGET', PREFIX .. 'job:' .. id, 'created')
+  if created then return { 'same', id, first_cursor(id, created) } end
+end
+
+local function place(job, delay, start_timeout)
+  if start_timeout > 0 then put(job, 'start_by', NOW + delay + start_timeout) end
+  if delay > 0 then
+    put(job, 'status', 'scheduled')
+    put(job, 'wake', NOW + delay)
+  elseif job.h.held then
+    hold(job, job.h.held)
+  else
+    enqueue(job)
+  end
+  arm(job)
+end
+
+local function submit(at)
+  local id, owner, kind, queue, priority = unpack(ARGV, at, at + 4)
+  local delay, start_timeout, timeout = tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6]), tonumber(ARGV[at + 7])
+  local ckey, idem, body, parent, event = unpack(ARGV, at + 8, at + 12)
+  local answer = repeated(id, idem, body)
+  if answer then return answer end
+  local family
+  if parent ~= '' then
+    family = fetch(parent)
+    local status = family and (ENDED[family.h.status] and family.h.status or family.h.cancel and 'cancelled')
+    if not family or status then return { 'parent', status or 'gone' } end
+  end
+
+  local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changed = {}, lines = {} }
+  put(job, 'owner', owner)
+  put(job, 'kind', kind)
+  put(job, 'queue', queue)
+  put(job, 'priority', priority)
+  put(job, 'created', NOW)
+  put(job, 'attempt', 1)
+  if timeout > 0 then put(job, 'timeout', timeout) end
+  if ckey ~= '' then put(job, 'ckey', ckey) end
+  if idem ~= '' then put(job, 'idem', idem) end
+  if parent ~= '' then put(job, 'parent', parent) end
+  local stamp = '{"ts":' .. NOW .. ','
+  if delay == 0 and OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit then
+    put(job, 'held', 'owner_limit')
+    stamp = stamp .. '"held":"owner_limit",'
+  end
+  emit(job, NOW, 'job.queued', stamp .. string.sub(event, 2))
+  place(job, delay, start_timeout)
+  save(job)
+  if idem ~= '' then redis.call('SET', PREFIX .. 'idem:' .. idem, id .. ' ' .. body) end
+  if family then
+    redis.call('SADD', family.key .. ':children', id)
+    put(family, 'family', '1')
+    save(family)
+  end
+  return { 'ok', id, job.h.last }
+end
+
+local answers = {}
+for i = 1, tonumber(ARGV[2]) do answers[i] = guarded(submit, 3 + (i - 1) * WIDTH) end
+settle()
+return answers

@@ -1,0 +1,1 @@
+"""Workers: they take jobs, run them, and record every fact."""

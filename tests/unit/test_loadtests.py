@@ -1,0 +1,179 @@
+"""The pure parts of the load tests: statistics, CPU lines, report cells and tables, the command line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from loadtests import __main__ as command
+from loadtests import jobs, latency, measure, provider, report, tokens
+from loadtests.peers.peer import Peer
+from loadtests.token_systems import Transcript, _transcript
+
+from streamjobs.testing.scenario import Conversation, choose, parse_scenario
+
+MACHINE = measure.Machine("A processor", 2, 4.0, "Linux 6", "3.11")
+
+
+class TestStatistics:
+    def test_summary_is_median_and_ends(self) -> None:
+        """Without the ends a reader cannot tell noise from a difference."""
+        assert measure.summarize([3.0, 1.0, 10.0]) == measure.Summary(3.0, 1.0, 10.0)
+        assert measure.summarize([]) is None
+
+    def test_ratio_is_taken_round_by_round(self) -> None:
+        """A round in which the machine was slow for both must not change the ratio."""
+        ours, theirs = {1: 100.0, 2: 10.0, 3: 120.0}, {1: 50.0, 2: 5.0, 3: 40.0}
+        assert measure.median_ratio(ours, theirs) == 2.0
+
+    def test_ratio_needs_a_common_round(self) -> None:
+        """A failed round must not be compared with another one."""
+        assert measure.median_ratio({1: 100.0}, {2: 50.0}) is None
+        assert measure.median_ratio({1: 100.0, 2: 30.0}, {2: 10.0}) == 3.0
+
+    def test_spread_is_relative_to_the_median(self) -> None:
+        """The report's noise figure."""
+        assert measure.spread([1.0, 1.1, 0.9]) == pytest.approx(0.2)
+        assert measure.spread([1.0]) == 0.0
+
+    @pytest.mark.parametrize(("share", "expected"), [(0.5, 50.0), (0.99, 99.0), (1.0, 100.0), (0.001, 1.0)])
+    def test_percentile_is_a_value_that_was_seen(self, share: float, expected: float) -> None:
+        """Latency is quoted by it."""
+        assert measure.percentile([float(n) for n in range(100, 0, -1)], share) == expected
+        assert measure.percentile([], share) is None
+
+
+class TestProcessTimes:
+    def test_names_may_hold_anything(self) -> None:
+        """A process called `a) R (b` must not shift the columns."""
+        line = "42 (a) R (b) S 7 42 42 0 -1 4194560 1 2 3 4 100 20 3 4 20 0 1 0 55 1 2"
+        assert measure.parse_stat(line) == measure.ProcessTimes(parent=7, ticks=127)
+
+    def test_a_tree_is_all_descendants_and_nobody_else(self) -> None:
+        """taskiq's worker is a grandchild; without it its CPU would be missing from the table."""
+        parents = {1: 0, 10: 1, 11: 10, 12: 11, 20: 1, 21: 20}
+        assert sorted(measure.tree_of(10, parents)) == [10, 11, 12]
+
+
+class TestCells:
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (None, "-")],
+    )
+    def test_three_figures(self, value: float | None, text: str) -> None:
+        """More figures than the noise allows would mislead."""
+        assert report.three_figures(value) == text
+
+    def test_one_value_has_no_ends(self) -> None:
+        """A single round must not look like an interval."""
+        assert report.summary([5.0]) == "5.00"
+        assert report.summary([5.0, 4.0, 7.0]) == "5.00 (4.00-7.00)"
+        assert report.summary([]) == report.NOTHING
+
+    def test_a_table_refuses_rows_of_another_width(self) -> None:
+        """A cell too few silently shifts numbers under the wrong header."""
+        with pytest.raises(ValueError, match="2 cells under 3 headers"):
+            report.table(report.Table(("a", "b", "c"), [("1", "2")]))
+
+    def test_a_reason_cannot_break_the_table(self) -> None:
+        """The output of a child that failed is quoted in a cell."""
+        text = report.table(report.Table(("a", "b"), [("x", "no | pipe\nor line")]))
+        assert text.splitlines()[2] == "| x | no \\| pipe or line |"
+
+
+def make_report(*sections: report.Section) -> report.Report:
+    return report.Report(
+        "2020-01-01 00:00:00Z", "python -m loadtests", MACHINE, "7.0", [0.1, 0.11], [0.5, 0.4, 0.3], sections
+    )
+
+
+def test_the_page_names_machine_settings_and_noise() -> None:
+    """Numbers without them cannot be compared with anything."""
+    page = report.markdown(make_report(report.Section("One", "Intro.", [], notes=["a note"])))
+    for part in ("A processor, 2 cores", "Redis 7.0", "appendonly no", "(2 times)", "## One", "- a note"):
+        assert part in page
+
+
+class TestJobsSection:
+    options = command.parse(["jobs", "--repeat", "2"])
+    ours = jobs.OURS.name
+
+    def section(self, runs: list[jobs.Run], reasons: dict[str, str]) -> report.Section:
+        peers: list[Peer] = [jobs.OURS, jobs.PEERS[-1]]
+        return jobs.section(self.options, peers, runs, reasons, reasons)
+
+    def run(self, peer: str, number: int, rate: float) -> jobs.Run:
+        drain = jobs.Drain(jobs=1000, seconds=1000 / rate, worker_cpu=0.1, redis_cpu=None)
+        return jobs.Run(peer, number, drain, enqueue_rate=5000.0, kept_bytes=900.0)
+
+    def test_rows_hold_rates_ratios_and_cpu(self) -> None:
+        """The comparison itself."""
+        runs = [self.run(self.ours, 1, 2000), self.run("saq", 1, 1000), self.run(self.ours, 2, 2200)]
+        rows = self.section(runs, {}).tables[0].rows
+        assert rows[0][:4] == [self.ours, "2,100 (2,000-2,200)", "-", "100 (100-100)"]
+        assert rows[1][:4] == ["saq", "1,000", "2.00 x", "100"]
+
+    def test_what_is_not_measured_is_a_dash(self) -> None:
+        """Where /proc is missing, no CPU figure may be made up."""
+        row = self.section([self.run("saq", 1, 1000)], {}).tables[0].rows[1]
+        assert row[4:6] == ["-", "10 %, -"] or row[4] == "-"
+
+    def test_a_peer_that_did_not_run_keeps_its_row_and_reason(self) -> None:
+        """A dropped row reads as if the peer had never been considered."""
+        section = self.section([self.run(self.ours, 1, 2000)], {"saq": "not run: no saq here"})
+        assert section.tables[0].rows[1][:2] == ["saq", "not run: no saq here"]
+        assert "saq: not run: no saq here" in section.notes
+        assert report.table(section.tables[0]) and report.table(section.tables[1])
+
+
+class TestTokens:
+    def test_tokens_are_counted_in_characters_of_whole_tokens(self) -> None:
+        """Coalesced deltas hold many tokens; counting entries would miss most."""
+        assert _transcript([("token ", 1000), ("token token ", 3000)]) == Transcript(3, 2, 1000)
+
+    def test_half_a_token_fails_the_run(self) -> None:
+        """A lost piece must not pass as a fast run."""
+        with pytest.raises(tokens.RunError):
+            _transcript([("tok", 1)])
+
+    def test_arrivals_are_those_of_text_deltas(self) -> None:
+        """A message carries all events of a commit; others must not count as tokens."""
+        message = (
+            b'1-5 turn.started {"ts":1}\n2-5 text.delta {"ts":1500,"text":"a b"}\n3-5 text.delta {"ts":2000}'
+        )
+        assert list(latency.arrivals(message)) == [1.5, 2.0]
+
+    def test_the_scenario_is_one_that_the_provider_takes(self) -> None:
+        """A model that no turn fits would be answered by an echo, and every run would fail."""
+        script = parse_scenario(json.dumps(provider.scenario(50.0, 3)))
+        for model, text in (("long", ["token "] * 3), ("short", ["token "] * provider.WARMUP_TOKENS)):
+            said = Conversation(model=model, key="k", turn=0, round=0, user="go", tools=[])
+            assert choose(script, said).turn.text == text
+
+    def test_rows_compare_cpu_for_a_token(self) -> None:
+        """The README quotes this ratio."""
+        options = command.parse(["tokens", "--repeat", "1"])
+        one = tokens.Run(
+            "streamjobs", "paced", 1, 1.5, Transcript(1000, 500, 0), 2.0, 2.5,
+            {"worker": 0.02, "redis": 0.01, "provider": None}, 100.0, {"p50": 0.004, "p99": 0.02},
+        )  # fmt: skip
+        other = replace(one, system=tokens.SYSTEMS[1].name, cpu=one.cpu | {"worker": 0.2}, delay={})
+        section = tokens.section(options, [one, other], {})
+        first, second = section.tables[0].rows[:2]
+        assert first[2:6] == ["500", "0.50", "20.0", "-"]
+        assert second[4:6] == ["200", "10.00 x"]
+        assert section.tables[1].rows[0][4] == "4.00, 20.0"
+        assert section.tables[1].rows[1][4] == "-"
+
+
+class TestCommandLine:
+    def test_quick_shrinks_every_scenario(self) -> None:
+        """CI runs --quick; a scenario that forgets it would take minutes there."""
+        quick, full = command.parse(["--quick"]), command.parse([])
+        assert quick.repeat == 1
+        assert quick.jobs < full.jobs
+        assert quick.streams * quick.seconds < full.streams * full.seconds
+
+    def test_unknown_scenarios_are_refused(self) -> None:
+        """A typo must not run everything."""
+        with pytest.raises(SystemExit):
+            command.parse(["job"])
