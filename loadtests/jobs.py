@@ -72,14 +72,16 @@ class Watch:
         self._warmup = warmup
         self._total = total
 
-    def drain(self, peer: Peer, progress: Bench) -> Drain:
+    def drain(self, peer: Peer, bench: Bench) -> Drain:
         """Wait for the last job; raise `RunError` when the worker dies, stalls or is far too slow."""
-        begun = self._wait_for(self._warmup, peer, START_TIMEOUT + self._warmup / SLOWEST, progress)
+        begun = self._wait_for(self._warmup, peer, START_TIMEOUT + self._warmup / SLOWEST, bench)
         clocks = CpuClock(self._worker.pid), CpuClock(self._server.child.pid)
         before = [clock.seconds() for clock in clocks]
         started, first = time.perf_counter(), self._done(peer)
+        if first >= self._total:
+            raise RunError("all jobs were done before the clock started: give it more --jobs")
         timeout = START_TIMEOUT + (self._total - begun) / SLOWEST
-        self._wait_for(self._total, peer, timeout, progress)
+        self._wait_for(self._total, peer, timeout, bench)
         seconds = time.perf_counter() - started
         worker, server = (
             _difference(clock.seconds(), then) for clock, then in zip(clocks, before, strict=True)
@@ -123,8 +125,16 @@ def measure(peer: Peer, number: int, bench: Bench) -> Run:
         with running(f"{peer.name} worker", peer.worker_command(), env) as worker:
             drain = Watch(worker, server, warmup, warmup + jobs).drain(peer, bench)
             kept = (server.used_memory() - empty) / (warmup + jobs)
+            require_success(peer, server, worker, warmup + jobs)
     bench.sample_noise()
     return Run(peer.name, number, drain, added["jobs"] / added["seconds"], kept)
+
+
+def require_success(peer: Peer, server: Server, worker: Child, total: int) -> None:
+    """Raise `RunError` unless every job is recorded as a success and the worker printed no traceback."""
+    succeeded = peer.succeeded(server.client, total)
+    if succeeded != total or "Traceback" in worker.output():
+        raise RunError(f"only {succeeded:,} of {total:,} jobs succeeded: {worker.tail()}")
 
 
 # --- all of them

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import redis
 import uvloop
 
-from loadtests.peers.peer import Peer
+from loadtests.peers.peer import Peer, count_matching
 from loadtests.processes import python
 from streamjobs.config import load_settings
 from streamjobs.store import Store, Submission
@@ -26,6 +26,7 @@ BATCH = 500
 OWNERS = 20
 QUEUE = "default"
 COUNTS = "sj:{0}:counts"
+HASHES = "sj:{0}:job:" + "?" * 29
 
 
 class Streamjobs(Peer):
@@ -54,6 +55,9 @@ class Streamjobs(Peer):
     def done(self, client: redis.Redis, total: int) -> int:
         return total - unended(client)
 
+    def succeeded(self, client: redis.Redis, total: int) -> int:
+        return count_matching(client, HASHES, lambda p, key: p.hmget(key, "status", "seq"), _is_whole)
+
 
 def worker_command(app: str, concurrency: int) -> list[str]:
     return python("-m", "streamjobs", "worker", app, "--concurrency", str(concurrency))
@@ -63,6 +67,11 @@ def settings_env(url: str, **settings: str) -> dict[str, str]:
     """Return the settings of every streamjobs process here, as environment variables."""
     chosen = {"redis_url": url, "owner_limit": "0", "log_level": "warning"} | settings
     return {f"STREAMJOBS_{name.upper()}": value for name, value in chosen.items()}
+
+
+def _is_whole(reply: list[bytes]) -> bool:
+    """Whether a job has completed in its first run: its log is queued, started, completed."""
+    return reply == [b"completed", b"3"]
 
 
 def events_key(job_id: str) -> str:

@@ -90,7 +90,7 @@ class NewJob:
 
 @dataclass
 class Job:
-    """A job and where it is: exactly one of `lease_until`, `ticket`, `held` and the parked statuses applies."""
+    """A job and where it is: one of `lease_until`, `ticket`, `held` and the parked statuses applies."""
 
     id: str
     owner: str
@@ -171,7 +171,10 @@ class Job:
         return f"{self.queue}|{self.owner}{key}"
 
     def due(self, lease: int) -> int | None:
-        """The earliest instant at which time does something to it; a running job's timeout is its worker's first."""
+        """The earliest instant at which time does something to it.
+
+        A running job is ended by its worker; the sweep steps in one lease later.
+        """
         deadline = self.deadline
         if deadline is not None and self.is_running:
             deadline += lease
@@ -578,6 +581,9 @@ class Model:
             return ["conflict"]
         if why := misplaced(job, batch):
             return ["bad", why]
+        starts_tool = any(kind == "tool.started" for kind, _ in batch.events)
+        if starts_tool and job.cancelled_at is not None:
+            return ["inbox", job.inbox, "cancel"]
         if batch.outcome in PARKING and batch.seen != job.inbox:
             return ["inbox", job.inbox, job.asked]
         if which := self.over_budget(job, batch):
@@ -629,19 +635,15 @@ class Model:
 
     def wake(self, limit: int) -> list[Any]:
         """Work on what is due when the call begins: leases, then timers, then held lists."""
-        changes: list[list[str]] = []
-        expired, far = ([], []) if self.in_grace() else self.ended_leases()
-        due = first_of({job_id: at for job_id, at in self.timers().items() if at <= self.now}, limit)
-        batches = [first_of(expired, limit), first_of(far, limit), due]
-        for job_id in [*batches[0], *batches[1]]:
-            changes.append([job_id, self.lose(self.jobs[job_id])])
-        for job_id in due:
-            what = self.ring(self.jobs[job_id])
-            changes += [[job_id, what]] if what else []
-        for name in first_of(self.looked_at, limit):
-            changes += [[name, "released"]] if self.release_many(name, limit) else []
-        is_more = any(len(batch) >= limit for batch in batches)
-        return [self.now, min(self.timers().values(), default=-1), int(is_more), changes]
+        expired, far = ({}, {}) if self.in_grace() else self.ended_leases()
+        timers = {job_id: at for job_id, at in self.timers().items() if at <= self.now}
+        lost, frozen, due = (first_of(some, limit) for some in (expired, far, timers))
+        changes = [[job_id, self.lose(self.jobs[job_id])] for job_id in (*lost, *frozen)]
+        changes += [[job_id, self.ring(self.jobs[job_id])] for job_id in due]
+        changes += [[name, self.release_many(name, limit)] for name in first_of(self.looked_at, limit)]
+        is_more = any(len(some) >= limit for some in (lost, frozen, due))
+        next_due = min(self.timers().values(), default=-1)
+        return [self.now, next_due, int(is_more), [change for change in changes if change[1]]]
 
     def in_grace(self) -> bool:
         """After an outage, or when the clock stepped back, nobody is declared dead for one lease time."""
@@ -652,7 +654,7 @@ class Model:
         return self.now < self.grace
 
     def ended_leases(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Leases that ran out, and those further away than any clock that did not step back could put them."""
+        """Leases that ran out, and those so far away that the clock must have stepped back."""
         leases = self.leases()
         expired = {job_id: until for job_id, until in leases.items() if until <= self.now}
         far = {job_id: until for job_id, until in leases.items() if until > self.now + 2 * self.limits.lease}
@@ -713,13 +715,13 @@ class Model:
             self.count_inbox(job)
         return ""
 
-    def release_many(self, name: str, limit: int) -> int:
+    def release_many(self, name: str, limit: int) -> str:
+        if name in self.looked_at:
+            self.looked_at[name] = self.now
         released = 0
         while released < limit and self.release(name):
             released += 1
-        if name in self.looked_at:
-            self.looked_at[name] = self.now
-        return released
+        return "released" if released else ""
 
     # --- cancel, signal, pause, resume -------------------------------------------------------------------
 

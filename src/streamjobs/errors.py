@@ -4,6 +4,8 @@ Rule 1: the class tells the caller what to do; the message tells a person what h
 Rule 2: `code` is stable, clients may branch on it; the message is not.
 """
 
+# ruff: noqa: N818 - a class is named after what happened: `except JobNotFound` reads as it should
+
 from __future__ import annotations
 
 from typing import ClassVar

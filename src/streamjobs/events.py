@@ -451,8 +451,16 @@ def decode_event(kind: str, content: bytes) -> Event:
         raise Invalid(f"event {kind} does not decode: {error}") from error
 
 
+def decode_raw(content: msgspec.Raw) -> Json:
+    """Read what an event carries untouched. Raises `Invalid` where that is no JSON value."""
+    try:
+        return msgspec.json.decode(content)
+    except UNENCODABLE as error:
+        raise Invalid(f"not a JSON value: {error}") from error
+
+
 def clean_text(text: str) -> str:
-    """Replace lone surrogates, which JSON cannot carry, and NULs, which Redis clients and terminals choke on."""
+    """Replace lone surrogates, which JSON cannot carry, and NULs, which clients and terminals choke on."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
+from msgspec.structs import replace
 
 from streamjobs import events as ev
 from streamjobs.cursor import START, Cursor
@@ -69,13 +70,13 @@ TRANSITIONS: Mapping[Status, Mapping[type[Event], Status]] = {
 _MOVES = frozenset(event for row in TRANSITIONS.values() for event in row)
 
 
-class InvalidTransition(StreamjobsError):
+class InvalidTransition(StreamjobsError):  # noqa: N818 - named after what happened, as all of ours
     """An event that cannot follow what the log holds: the log is damaged."""
 
     code = "invalid_transition"
 
 
-class TurnView(msgspec.Struct):
+class TurnView(msgspec.Struct, frozen=True):
     """One call of the model, as it stands."""
 
     turn: int
@@ -86,7 +87,7 @@ class TurnView(msgspec.Struct):
     usage: Usage | None = None
 
 
-class ToolCallView(msgspec.Struct):
+class ToolCallView(msgspec.Struct, frozen=True):
     """One tool call. state: called, started, completed, failed, unknown."""
 
     call_id: str
@@ -99,7 +100,7 @@ class ToolCallView(msgspec.Struct):
     ms: int | None = None
 
 
-class StepView(msgspec.Struct):
+class StepView(msgspec.Struct, frozen=True):
     """One step of a workflow. state: started, completed, failed."""
 
     key: str
@@ -109,7 +110,7 @@ class StepView(msgspec.Struct):
     error: ErrorInfo | None = None
 
 
-class ProgressView(msgspec.Struct):
+class ProgressView(msgspec.Struct, frozen=True):
     """How far the job says it is."""
 
     percent: float | None = None
@@ -118,7 +119,7 @@ class ProgressView(msgspec.Struct):
     message: str = ""
 
 
-class LogLine(msgspec.Struct):
+class LogLine(msgspec.Struct, frozen=True):
     """A line for people."""
 
     ts: int
@@ -127,7 +128,7 @@ class LogLine(msgspec.Struct):
     data: Json = None
 
 
-class ArtifactView(msgspec.Struct):
+class ArtifactView(msgspec.Struct, frozen=True):
     """Something the job made."""
 
     name: str
@@ -175,17 +176,52 @@ class JobView(msgspec.Struct):
     log_lines: list[LogLine] = []
 
 
+def _waits_for_a_timer(event: Event) -> bool:
+    """Whether an event that moves the job leaves it to a timer, not to a worker or somebody outside."""
+    match event:
+        case ev.JobLost():
+            return event.delay_ms > 0
+        case ev.JobWaiting():
+            return event.waits_for == "timer"
+        case _:
+            return False
+
+
+class _Turn:
+    """A turn as it is folded: what is known, and the pieces of what it says."""
+
+    def __init__(self, known: TurnView) -> None:
+        self.known = known
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+
+    def view(self) -> TurnView:
+        return replace(self.known, text=_joined(self.text))
+
+    def spoken_reasoning(self) -> str:
+        return _joined(self.reasoning)
+
+
+def _joined(pieces: list[str]) -> str:
+    """The text; kept in one piece from now on, so that a fold that is looked at often stays small."""
+    if len(pieces) > 1:
+        pieces[:] = ["".join(pieces)]
+    return pieces[0] if pieces else ""
+
+
 class Fold:
     """Folds a job's events, in order, into its view.
 
-    Text is gathered in pieces, so that folding n events is O(n).
+    Text is gathered in pieces, calls and steps are found by their keys: folding n events is O(n).
     """
 
     def __init__(self, job_id: str) -> None:
         self.cursor = START
         self._view = JobView(id=job_id)
-        self._text: dict[int, list[str]] = {}
-        self._reasoning: dict[int, list[str]] = {}
+        self._turns: dict[int, _Turn] = {}
+        self._calls: list[ToolCallView] = []
+        self._latest_call: dict[str, int] = {}
+        self._steps: dict[str, StepView] = {}
 
     @property
     def status(self) -> Status:
@@ -199,10 +235,11 @@ class Fold:
         """
         if cursor.seq != self.cursor.seq + 1:
             raise InvalidTransition(f"event {cursor.seq} cannot follow {self.cursor.seq}")
-        self._move(event)
-        fold = _FOLDS.get(type(event))
+        status = self._status_after(event)
+        fold = self._FOLDS.get(type(event))
         if fold is not None:
             fold(self, event)
+        self._view.status = status
         self.cursor = cursor
 
     def apply_all(self, entries: Iterable[tuple[Cursor, str, bytes]]) -> None:
@@ -211,47 +248,54 @@ class Fold:
             self.apply(cursor, ev.decode_event(kind, data))
 
     def view(self) -> JobView:
-        """The view at this point. Later events do not change the struct returned, but share its lists."""
+        """The view at this point; later events do not change it."""
         view = self._view
-        for turn in view.turns:
-            turn.text = "".join(self._text.get(turn.turn, ()))
-        view.text = "".join(turn.text for turn in view.turns)
-        view.reasoning = "".join(piece for turn in view.turns for piece in self._reasoning.get(turn.turn, ()))
-        view.cursor = str(self.cursor)
-        return msgspec.structs.replace(view)
+        turns = [turn.view() for turn in self._turns.values()]
+        return replace(
+            view,
+            cursor=str(self.cursor),
+            turns=turns,
+            text="".join(turn.text for turn in turns),
+            reasoning="".join(turn.spoken_reasoning() for turn in self._turns.values()),
+            tool_calls=list(self._calls),
+            steps=list(self._steps.values()),
+            artifacts=list(view.artifacts),
+            log_lines=list(view.log_lines),
+        )
 
-    def _move(self, event: Event) -> None:
-        kind, view = type(event), self._view
+    def _status_after(self, event: Event) -> Status:
+        kind, status = type(event), self._view.status
         if self.cursor == START:
-            if kind is not ev.JobQueued:
+            if not isinstance(event, ev.JobQueued):
                 raise InvalidTransition(f"a log begins with job.queued, not {kind.type}")
-            return
-        if view.status.is_terminal:
-            raise InvalidTransition(f"{kind.type} after the job {view.status}")
+            return Status.SCHEDULED if event.delay_ms else Status.QUEUED
+        if status.is_terminal:
+            raise InvalidTransition(f"{kind.type} after the job {status}")
+        if kind is ev.JobQueued:
+            raise InvalidTransition("job.queued twice")
         if kind not in _MOVES:
-            if kind is ev.JobQueued:
-                raise InvalidTransition("job.queued twice")
-            return
-        after = TRANSITIONS[view.status].get(kind)
+            return status
+        after = TRANSITIONS[status].get(kind)
         if after is None:
-            raise InvalidTransition(f"{kind.type} while {view.status}")
-        view.status = after
+            raise InvalidTransition(f"{kind.type} while {status}")
+        return Status.SCHEDULED if _waits_for_a_timer(event) else after
 
     # --- lifecycle
 
     def _queued(self, event: ev.JobQueued) -> None:
-        view = self._view
-        view.kind, view.owner, view.queue, view.priority = (
-            event.kind,
-            event.owner,
-            event.queue,
-            event.priority,
+        self._view = JobView(
+            id=self._view.id,
+            kind=event.kind,
+            owner=event.owner,
+            queue=event.queue,
+            priority=event.priority,
+            held=event.held,
+            thread_id=event.thread_id,
+            message_id=event.message_id,
+            metadata=event.metadata,
+            created_ms=event.ts,
+            input=ev.decode_raw(event.input),
         )
-        view.thread_id, view.message_id, view.metadata = event.thread_id, event.message_id, event.metadata
-        view.held = event.held
-        view.created_ms = event.ts
-        view.input = msgspec.json.decode(event.input)
-        view.status = Status.SCHEDULED if event.delay_ms else Status.QUEUED
 
     def _started(self, event: ev.JobStarted) -> None:
         view = self._view
@@ -264,27 +308,25 @@ class Fold:
 
     def _lost(self, event: ev.JobLost) -> None:
         self._view.crashes, self._view.worker = event.crashes, ""
-        if event.delay_ms:
-            self._view.status = Status.SCHEDULED
 
     def _requeued(self, event: ev.JobRequeued) -> None:
         self._view.held, self._view.waiting_for, self._view.worker = event.held, None, ""
 
     def _waiting(self, event: ev.JobWaiting) -> None:
         self._view.waiting_for, self._view.worker = event.waits_for, ""
-        if event.waits_for == "timer":
-            self._view.status = Status.SCHEDULED
 
-    def _cancel_requested(self, event: ev.JobCancelRequested) -> None:
+    def _paused(self, _event: ev.JobPaused) -> None:
+        self._view.held, self._view.waiting_for, self._view.worker = "", None, ""
+
+    def _cancel_requested(self, _event: ev.JobCancelRequested) -> None:
         self._view.cancel_requested = True
 
     def _ended(self, event: Event) -> None:
         self._view.ended_ms, self._view.waiting_for, self._view.held = event.ts, None, ""
 
     def _completed(self, event: ev.JobCompleted) -> None:
+        self._view.result, self._view.error = ev.decode_raw(event.result), None
         self._ended(event)
-        self._view.error = None
-        self._view.result = msgspec.json.decode(event.result)
 
     def _failed(self, event: ev.JobFailed) -> None:
         self._ended(event)
@@ -299,106 +341,95 @@ class Fold:
     # --- turns
 
     def _turn_started(self, event: ev.TurnStarted) -> None:
-        self._view.turns.append(TurnView(event.turn, event.attempt, event.model))
-        self._text[event.turn], self._reasoning[event.turn] = [], []
+        self._turns[event.turn] = _Turn(TurnView(event.turn, event.attempt, event.model))
 
     def _turn_restarted(self, event: ev.TurnRestarted) -> None:
-        view = self._view
-        view.turns = [turn for turn in view.turns if turn.turn != event.turn]
-        view.tool_calls = [call for call in view.tool_calls if call.turn != event.turn]
-        view.turns.append(TurnView(event.turn, event.attempt, event.model))
-        self._text[event.turn], self._reasoning[event.turn] = [], []
+        self._turns.pop(event.turn, None)
+        self._turns[event.turn] = _Turn(TurnView(event.turn, event.attempt, event.model))
+        self._calls = [call for call in self._calls if call.turn != event.turn]
+        self._latest_call = {call.call_id: i for i, call in enumerate(self._calls)}
 
     def _turn_completed(self, event: ev.TurnCompleted) -> None:
-        for turn in self._view.turns:
-            if turn.turn == event.turn:
-                turn.finish_reason, turn.usage = event.finish_reason, event.usage
+        turn = self._turns.get(event.turn)
+        if turn is not None:
+            turn.known = replace(turn.known, finish_reason=event.finish_reason, usage=event.usage)
         self._view.usage = self._view.usage + event.usage
 
-    def _current(self, turn: int, attempt: int) -> bool:
-        return any(known.turn == turn and known.attempt == attempt for known in reversed(self._view.turns))
-
     def _delta(self, event: ev.TextDelta) -> None:
-        if self._current(event.turn, event.attempt):
-            self._text[event.turn].append(event.text)
+        turn = self._turns.get(event.turn)
+        if turn is not None and turn.known.attempt == event.attempt:
+            turn.text.append(event.text)
 
     def _reasoning_delta(self, event: ev.ReasoningDelta) -> None:
-        if self._current(event.turn, event.attempt):
-            self._reasoning[event.turn].append(event.text)
+        turn = self._turns.get(event.turn)
+        if turn is not None and turn.known.attempt == event.attempt:
+            turn.reasoning.append(event.text)
 
-    # --- tools, steps, children, artifacts
-
-    def _call(self, call_id: str) -> ToolCallView | None:
-        return next((call for call in reversed(self._view.tool_calls) if call.call_id == call_id), None)
+    # --- tools, steps, artifacts
 
     def _tool_called(self, event: ev.ToolCalled) -> None:
-        self._view.tool_calls.append(ToolCallView(event.call_id, event.turn, event.tool, event.arguments))
+        self._latest_call[event.call_id] = len(self._calls)
+        self._calls.append(ToolCallView(event.call_id, event.turn, event.tool, event.arguments))
+
+    def _change_call(self, call_id: str, **changes: Any) -> None:
+        at = self._latest_call.get(call_id)
+        if at is not None:
+            self._calls[at] = replace(self._calls[at], **changes)
 
     def _tool_started(self, event: ev.ToolStarted) -> None:
-        if call := self._call(event.call_id):
-            call.state = "started"
+        self._change_call(event.call_id, state="started")
 
     def _tool_completed(self, event: ev.ToolCompleted) -> None:
-        if call := self._call(event.call_id):
-            call.state, call.output, call.ms, call.error = "completed", event.output, event.ms, None
+        self._change_call(event.call_id, state="completed", output=event.output, ms=event.ms, error=None)
 
     def _tool_failed(self, event: ev.ToolFailed) -> None:
-        if call := self._call(event.call_id):
-            call.state, call.error, call.ms = "failed", event.error, event.ms
+        self._change_call(event.call_id, state="failed", error=event.error, ms=event.ms)
 
     def _tool_unknown(self, event: ev.ToolUnknown) -> None:
-        if call := self._call(event.call_id):
-            call.state, call.error = "unknown", ErrorInfo("unknown_outcome", event.message)
+        error = ErrorInfo("unknown_outcome", event.message)
+        self._change_call(event.call_id, state="unknown", error=error)
 
-    def _step(self, key: str) -> StepView:
-        for step in self._view.steps:
-            if step.key == key:
-                return step
-        step = StepView(key)
-        self._view.steps.append(step)
-        return step
+    def _change_step(self, key: str, **changes: Any) -> None:
+        self._steps[key] = replace(self._steps.get(key) or StepView(key), **changes)
 
     def _step_started(self, event: ev.StepStarted) -> None:
-        step = self._step(event.key)
-        step.state, step.attempt = "started", event.attempt
+        self._change_step(event.key, state="started", attempt=event.attempt)
 
     def _step_completed(self, event: ev.StepCompleted) -> None:
-        step = self._step(event.key)
-        step.state, step.output, step.error = "completed", event.output, None
+        self._change_step(event.key, state="completed", output=event.output, error=None)
 
     def _step_failed(self, event: ev.StepFailed) -> None:
-        step = self._step(event.key)
-        step.state, step.error = "failed", event.error
+        self._change_step(event.key, state="failed", error=event.error)
 
     def _artifact(self, event: ev.ArtifactCreated) -> None:
         self._view.artifacts.append(ArtifactView(event.name, event.media_type, event.size, event.where))
 
-
-_FOLDS: dict[type[Event], Callable[[Fold, Any], None]] = {
-    ev.JobQueued: Fold._queued,
-    ev.JobStarted: Fold._started,
-    ev.JobRetrying: Fold._retrying,
-    ev.JobLost: Fold._lost,
-    ev.JobRequeued: Fold._requeued,
-    ev.JobWaiting: Fold._waiting,
-    ev.JobCancelRequested: Fold._cancel_requested,
-    ev.JobCompleted: Fold._completed,
-    ev.JobFailed: Fold._failed,
-    ev.JobCancelled: Fold._ended,
-    ev.JobProgress: Fold._progress,
-    ev.JobLog: Fold._log,
-    ev.TurnStarted: Fold._turn_started,
-    ev.TurnRestarted: Fold._turn_restarted,
-    ev.TurnCompleted: Fold._turn_completed,
-    ev.TextDelta: Fold._delta,
-    ev.ReasoningDelta: Fold._reasoning_delta,
-    ev.ToolCalled: Fold._tool_called,
-    ev.ToolStarted: Fold._tool_started,
-    ev.ToolCompleted: Fold._tool_completed,
-    ev.ToolFailed: Fold._tool_failed,
-    ev.ToolUnknown: Fold._tool_unknown,
-    ev.StepStarted: Fold._step_started,
-    ev.StepCompleted: Fold._step_completed,
-    ev.StepFailed: Fold._step_failed,
-    ev.ArtifactCreated: Fold._artifact,
-}  # pyright: ignore[reportPrivateUsage]
+    _FOLDS: ClassVar[dict[type[Event], Callable[[Fold, Any], None]]] = {
+        ev.JobQueued: _queued,
+        ev.JobStarted: _started,
+        ev.JobRetrying: _retrying,
+        ev.JobLost: _lost,
+        ev.JobRequeued: _requeued,
+        ev.JobWaiting: _waiting,
+        ev.JobPaused: _paused,
+        ev.JobCancelRequested: _cancel_requested,
+        ev.JobCompleted: _completed,
+        ev.JobFailed: _failed,
+        ev.JobCancelled: _ended,
+        ev.JobProgress: _progress,
+        ev.JobLog: _log,
+        ev.TurnStarted: _turn_started,
+        ev.TurnRestarted: _turn_restarted,
+        ev.TurnCompleted: _turn_completed,
+        ev.TextDelta: _delta,
+        ev.ReasoningDelta: _reasoning_delta,
+        ev.ToolCalled: _tool_called,
+        ev.ToolStarted: _tool_started,
+        ev.ToolCompleted: _tool_completed,
+        ev.ToolFailed: _tool_failed,
+        ev.ToolUnknown: _tool_unknown,
+        ev.StepStarted: _step_started,
+        ev.StepCompleted: _step_completed,
+        ev.StepFailed: _step_failed,
+        ev.ArtifactCreated: _artifact,
+    }

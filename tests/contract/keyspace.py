@@ -96,8 +96,9 @@ def job_keys(model: Model, job: Job) -> dict[str, Any]:
 
 def job_hash(model: Model, job: Job) -> dict[str, str]:
     fields = {
-        "owner": job.owner, "kind": job.kind, "queue": job.queue, "priority": job.priority, "status": job.status,
-        "created": job.created, "ended": job.ended, "seq": job.seq, "last": job.log[-1].id, "bytes": job.size,
+        "owner": job.owner, "kind": job.kind, "queue": job.queue, "priority": job.priority,
+        "status": job.status, "created": job.created, "ended": job.ended,
+        "seq": job.seq, "last": job.log[-1].id, "bytes": job.size,
         "fed": job.fed or None, "epoch": job.epoch or None, "lease": job.epoch if job.is_running else None,
         "worker": job.worker or None, "batch": job.batch if job.has_started else None,
         "commit": "{}:{}:{} {}".format(*job.commit) if job.commit else None, "inbox": job.inbox or None,
@@ -106,8 +107,9 @@ def job_hash(model: Model, job: Job) -> dict[str, str]:
         "held": job.held or None, "order": job.order, "wake": job.wake, "timeout": job.timeout or None,
         "timers": json.dumps(job.timers, sort_keys=True) if job.timers else None, "deadline": job.deadline,
         "start_by": job.start_by, "due": model.timers().get(job.id), "cancel": job.cancelled_at,
-        "cancel_by": None if job.cancelled_at is None else spliced(job.cancel_fields), "late": job.late or None,
-        "pause": None if job.pause is None else spliced(job.pause), "ckey": job.ckey or None,
+        "cancel_by": None if job.cancelled_at is None else spliced(job.cancel_fields),
+        "late": job.late or None, "pause": None if job.pause is None else spliced(job.pause),
+        "ckey": job.ckey or None,
         "idem": job.idem or None, "parent": job.parent or None, "family": bool(job.children) or None,
         "asked": bool(job.seen) or None,
     }  # fmt: skip
@@ -190,7 +192,7 @@ def expiry_of(key: Found) -> int:
 
 
 def check_invariants(state: dict[str, Found]) -> None:
-    """Dense logs, one end, one writer, one place, one expiry; and nothing left in any place of a job not there."""
+    """Dense logs, one end, one writer, one place, one expiry; no place of a job that is not there."""
     hashes = {name[4:]: key.value for name, key in state.items() if re.fullmatch("job:[^:]+", name)}
     for job_id, fields in hashes.items():
         log = [(entry_id, e["t"]) for entry_id, e in state[f"job:{job_id}:events"].value]
@@ -213,7 +215,10 @@ def check_log(job_id: str, fields: dict[str, str], log: list[tuple[str, str]]) -
 
 
 def check_writers(job_id: str, log: list[tuple[str, str]]) -> None:
-    """What only a lease holder writes carries the epoch of the last start."""
+    """What only a lease holder writes carries the epoch of the last start; after a cancel no tool starts."""
+    kinds = [kind for _, kind in log]
+    if "job.cancel_requested" in kinds:
+        assert "tool.started" not in kinds[kinds.index("job.cancel_requested") :], f"{job_id}: {kinds}"
     holder = 0
     for entry_id, kind in log:
         epoch = int(entry_id.partition("-")[2])

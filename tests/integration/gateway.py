@@ -1,4 +1,4 @@
-"""What the gateway's tests share: a gateway on a free port, jobs whose logs are written by hand, and readers."""
+"""What the gateway's tests share: a gateway on a free port, jobs written by hand, and strict readers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 
 from streamjobs.app import App
 from streamjobs.config import Settings
@@ -102,8 +103,6 @@ class Script:
         await self.write(TurnStarted(turn=1, model="scripted"))
 
     async def complete(self, result: Any = "done") -> None:
-        import msgspec
-
         event = JobCompleted(result=msgspec.Raw(encode_json(result)))
         events = [(event.type, encode_event(event))]
         await self._append(Batch(self.id, self._lease.epoch, self._number + 1, events, "completed"))

@@ -166,7 +166,8 @@ async def test_a_signal_is_in_the_log_once_for_its_key(served: Served):
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"name": ""}, {"name": "a\x00"}, {"name": 1}, {"name": "a", "kye": "b"}, {"name": "a", "key": 1}]
+    "body",
+    [{}, {"name": ""}, {"name": "a\x00"}, {"name": 1}, {"name": "a", "kye": "b"}, {"name": "a", "key": 1}],
 )
 async def test_a_signal_that_does_not_fit_is_refused(served: Served, body: dict[str, object]):
     script = await served.script()
@@ -183,7 +184,9 @@ async def test_an_ended_job_takes_no_signal(served: Served):
 # --- what is not there
 
 
-@pytest.mark.parametrize("job", [NOBODY, "x", "j0-", "j99999-" + "a" * 26, "%00", "..%2f", "é", "j0-" + "A" * 26])
+@pytest.mark.parametrize(
+    "job", [NOBODY, "x", "j0-", "j99999-" + "a" * 26, "%00", "..%2f", "é", "j0-" + "A" * 26]
+)
 async def test_a_job_that_does_not_exist_is_a_problem(served: Served, job: str):
     for method, path in (("GET", ""), ("GET", "/events"), ("POST", "/cancel")):
         answer = await served.client.request(method, f"/v1/jobs/{job}{path}")
@@ -231,7 +234,7 @@ async def test_metrics_have_route_templates_and_no_ids(served: Served):
 
 
 async def test_an_outage_leaves_the_gateway_alive_and_ready(own_redis: RedisProcess):
-    """Were it not, every gateway would leave the load balancer at once, and browsers would give up for good."""
+    """Else every gateway would leave the load balancer at once, and browsers would give up for good."""
     async with serving(own_redis.url, redis_timeout=0.2) as served:
         assert (await served.client.get("/readyz")).status_code == 200
         own_redis.kill()

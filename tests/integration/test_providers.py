@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -174,6 +174,37 @@ async def test_connections_are_used_again(kind: str) -> None:
         for _ in range(5):
             await ask(providers, kind)
         assert server.connections == 1
+
+
+async def test_a_response_that_ends_late_keeps_its_connection_and_holds_nobody_up() -> None:
+    """The end of a body often comes a moment after `[DONE]`; closing before it costs a handshake a turn."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    pauses, connections = [0.02, 0.02, 30.0], 0
+    asked, closed = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while pauses:
+            await reader.readuntil(b"\r\n\r\n")
+            await reader.read(65536)
+            writer.write(head + b"e\r\ndata: [DONE]\n\n\r\n")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asked.wait(), pauses.pop(0))
+            writer.write(b"0\r\n\r\n")
+        writer.close()
+        closed.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        providers = Providers(Settings(openai_base_url=url))
+        started = time.monotonic()
+        for _ in range(3):
+            await ask(providers, "openai")
+        assert (connections, time.monotonic() - started < 2) == (1, True)
+        await providers.aclose()
+        asked.set()
+        await closed.wait()
 
 
 # --- faults ------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_a_refusal_is_shown() -> None:
     "framing",
     [
         b": OPENROUTER PROCESSING\n\ndata: %s\n\n: keep-alive\n\ndata: %s\n\ndata: [DONE]\n\n",
-        b'event: ping\ndata: {"type": "ping"}\n\ndata:%s\n\ndata:\n\ndata:%s\n\ndata:[DONE]\n\n',
+        b"event: ping\ndata: alive\n\ndata:%s\n\ndata:\n\ndata:%s\n\ndata:[DONE]\n\n",
         b"data: %s\r\n\r\ndata: %s\r\n\r\ndata: [DONE]\r\n\r\n",
         b"data: %s\n\ndata: %s\n\n",
         b"data: %s\n\ndata: %s\n\ndata:  [DONE] ",
@@ -396,6 +396,10 @@ TRACKER = {
         [call(0, "x", "f", ""), call(0, args=A), call(0, "y", "f", ""), call(0, args=B)],
         [("f", A), ("f", B)],
     ),
+    "index 0 for all, the first broken": (
+        [call(0, "x", "f", '{"a":'), call(0, "y", "f", B)],
+        [("f", '{"a":'), ("f", B)],
+    ),
     "index 0, another name": ([call(0, None, "f", ""), call(0, None, "g", "")], [("f", "{}"), ("g", "{}")]),
     "index 0, back to the first id": (
         [call(0, "x", "f", '{"a"'), call(0, "y", "g", B), call(0, "x", None, ":1}")],
@@ -463,7 +467,7 @@ def test_whole_numbers_in_other_fields_do_not_disturb() -> None:
 @pytest.mark.parametrize("reason", ["length", "content_filter"])
 def test_a_call_cut_short_cannot_be_run(reason: str) -> None:
     """`{}` for arguments that never came would run the tool with defaults nobody asked for."""
-    assert calls_of(call(0, "x", "f", A), call(1, "y", "g", ""), reason=reason) == [("f", A), ("g", "{")]
+    assert calls_of(call(0, "x", "f", ""), call(1, "y", "g", ""), reason=reason) == [("f", "{}"), ("g", "{")]
     assert calls_of(call(0, "x", "f", '{"a": "hal'), reason=reason) == [("f", '{"a": "hal')]
     assert answer(say(tool_calls=[call(0, "x", "f", A)]), finish(reason)).finish_reason == reason
 
@@ -719,3 +723,32 @@ async def test_an_answer_over_the_bound_ends() -> None:
     with pytest.raises(ProviderError, match="over 5000 bytes") as caught:
         await ask(transport, provider_max_bytes=5000)
     assert not caught.value.is_retryable
+
+
+class Breaking(httpx.AsyncByteStream):
+    """A body whose connection breaks at its end."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __aiter__(self) -> Any:
+        yield self._content
+        raise httpx.ReadError("reset")
+
+
+async def test_a_connection_that_breaks_after_the_whole_answer_does_no_harm() -> None:
+    """Some servers end by closing the socket; their answers would all be thrown away."""
+    stream = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in (say(content="hi"), STOP))
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Breaking(stream)))
+    assert (await ask(transport))[-1] == Answer("hi")
+    half = httpx.MockTransport(lambda _: httpx.Response(200, stream=Breaking(b"data: {}\n\n")))
+    with pytest.raises(ProviderError, match="connection failed") as caught:
+        await ask(half)
+    assert caught.value.is_retryable
+
+
+async def test_a_page_in_place_of_a_stream_says_so() -> None:
+    """A login page of a proxy is a common answer; "truncated" would send people off the wrong way."""
+    with pytest.raises(ProviderError, match="text/html") as caught:
+        await ask(replying(200, b"<!doctype html>", content_type="text/html; charset=utf-8"))
+    assert caught.value.is_retryable

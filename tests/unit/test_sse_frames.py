@@ -54,7 +54,11 @@ def test_text_that_some_readers_cut_lines_at_is_escaped():
 
 def test_control_frames_carry_no_id():
     """An id that is no position of the log would come back as a cursor."""
-    for frame in (sse.reset_frame("unknown_cursor", AT), sse.handover_frame("drain"), sse.error_frame(JobNotFound("no"))):
+    for frame in (
+        sse.reset_frame("unknown_cursor", AT),
+        sse.handover_frame("drain"),
+        sse.error_frame(JobNotFound("no")),
+    ):
         assert read(frame)[0] == ""
 
 

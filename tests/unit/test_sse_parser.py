@@ -121,3 +121,12 @@ def test_an_event_of_many_lines_is_bounded_too() -> None:
 def test_what_an_event_used_is_free_again_for_the_next() -> None:
     """A bound that never came back would end every long answer."""
     assert len(parse(*[b"data: " + b"x" * 90 + b"\n\n"] * 50, max_bytes=100)) == 50
+
+
+def test_id_and_retry_come_with_their_event() -> None:
+    """Our own client resumes by the one, and waits by the other; a hostile number must not raise."""
+    parser = EventParser()
+    (first,) = parser.feed(b"id: 7-1\nretry: 500\ndata: a\n\nretry: " + b"9" * 5000 + b"\nid: a\x00b\n")
+    assert (first.id, first.retry) == ("7-1", 500)
+    (second,) = parser.feed(b"data: b\n\n")
+    assert (second.id, second.retry) == ("7-1", None)

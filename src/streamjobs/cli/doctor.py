@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from streamjobs.cli.options import read_settings, require_redis, run, settings_options
-from streamjobs.config import Settings
-from streamjobs.store import Store
-from streamjobs.store.doctor import CHECKS, Doctor, Report
+
+if TYPE_CHECKING:
+    from streamjobs.config import Settings
+    from streamjobs.store.doctor import Report
 
 _SHOWN = 20
 
@@ -22,8 +23,14 @@ _SHOWN = 20
 def doctor(as_json: bool, redis_url: str | None, config: Path | None, assignments: tuple[str, ...]) -> None:
     """Check every job's log, place and keys, while the system runs.
 
-    Exit status 0 when every invariant holds, 1 when one does not.
+    Exit status 0 when every invariant holds, 1 when one does not. It only reads.
+
+    \b
+    streamjobs doctor --redis-url redis://localhost:6379
+    streamjobs doctor --json | jq .violations
     """
+    import msgspec
+
     settings = require_redis(read_settings(redis_url, config, assignments))
     report = run(_examine(settings, show_progress=sys.stderr.isatty() and not as_json))
     if as_json:
@@ -35,6 +42,8 @@ def doctor(as_json: bool, redis_url: str | None, config: Path | None, assignment
 
 def print_report(report: Report) -> None:
     """A line for each check, then what was found."""
+    from streamjobs.store.doctor import CHECKS
+
     failed = {violation.check for violation in report.violations}
     for check, meaning in CHECKS.items():
         mark = click.style("FAILED", fg="red") if check in failed else click.style("ok", fg="green")
@@ -51,6 +60,9 @@ def print_report(report: Report) -> None:
 
 
 async def _examine(settings: Settings, *, show_progress: bool) -> Report:
+    from streamjobs.store import Store
+    from streamjobs.store.doctor import Doctor
+
     def progress(jobs: int) -> None:
         if show_progress and jobs % 100 == 0:
             click.echo(f"\r{jobs} jobs …", nl=False, err=True)

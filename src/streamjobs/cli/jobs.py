@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from streamjobs.cli.options import gateway_options, run
-from streamjobs.cli.show import Screen
-from streamjobs.client import Client
 from streamjobs.errors import BadRequest
+
+if TYPE_CHECKING:
+    from streamjobs.client import Client
 
 _FAILED = 2
 
@@ -27,15 +27,15 @@ _FAILED = 2
 @click.option(
     "--input", "input_json", help="For other kinds: the input as JSON; - reads it from standard input."
 )
-@click.option("--queue", default="")
-@click.option("--priority", type=click.Choice(["high", "default", "low"]))
+@click.option("--queue", default="", help="Which queue. Default: default.")
+@click.option("--priority", type=click.Choice(["high", "default", "low"]), help="Which of its classes.")
 @click.option("--key", default="", help="Idempotency key: the same key and input is the same job.")
 @click.option("--watch", "follow", is_flag=True, help="Watch it to its end.")
 @click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer.")
 @gateway_options
 def submit(
-    kind: str, prompt: str | None, model: str, agent: str, tools: tuple[str, ...], input_json: str | None, queue: str,
-    priority: str | None, key: str, follow: bool, as_json: bool, url: str, owner: str,
+    kind: str, prompt: str | None, model: str, agent: str, tools: tuple[str, ...], input_json: str | None,
+    queue: str, priority: str | None, key: str, follow: bool, as_json: bool, url: str, owner: str,
 ) -> None:  # fmt: skip
     """Submit a job and print its id.
 
@@ -56,9 +56,14 @@ def submit(
 @click.option("--json", "as_json", is_flag=True, help="One event a line: {id, type, data}.")
 @gateway_options
 def watch(job_id: str, after: str | None, as_json: bool, url: str, owner: str) -> None:
-    """Watch a job to its end; resumes by itself when the connection breaks.
+    """Watch a job to its end; resumes by itself.
 
     Exit status 0 when it completed, 2 when it failed or was cancelled.
+
+    \b
+    streamjobs watch JOB_ID                  what is there so far, then what comes
+    streamjobs watch JOB_ID --after 0        from the first event
+    streamjobs watch JOB_ID --json | jq .type
     """
     sys.exit(run(_watch(url, owner, job_id, after, as_json)))
 
@@ -68,7 +73,14 @@ def watch(job_id: str, after: str | None, as_json: bool, url: str, owner: str) -
 @click.option("--json", "as_json", is_flag=True, help="The whole view.")
 @gateway_options
 def status(job_id: str, as_json: bool, url: str, owner: str) -> None:
-    """Show where a job is."""
+    """Show where a job is.
+
+    \b
+    streamjobs status JOB_ID
+    streamjobs status JOB_ID --json | jq .result
+    """
+    from streamjobs.cli.show import printable
+
     view = run(_get(url, owner, job_id))
     if as_json:
         _print_json(view)
@@ -79,18 +91,22 @@ def status(job_id: str, as_json: bool, url: str, owner: str) -> None:
     for call in view["tool_calls"]:
         click.echo(f"  {call['tool']}  {call['state']}")
     if view["text"]:
-        click.echo(view["text"])
+        click.echo(printable(view["text"]))
     if view["error"]:
-        click.echo(f"{view['error']['code']}: {view['error']['message']}")
+        click.echo(printable(f"{view['error']['code']}: {view['error']['message']}"))
 
 
 @click.command()
 @click.argument("job_id")
-@click.option("--reason", default="")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--reason", default="", help="Why, for the log.")
+@click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer.")
 @gateway_options
 def cancel(job_id: str, reason: str, as_json: bool, url: str, owner: str) -> None:
-    """Ask a job to stop. Asking twice is asking once."""
+    """Ask a job to stop. Asking twice is asking once.
+
+    \b
+    streamjobs cancel JOB_ID --reason "no longer needed"
+    """
     answer = run(_cancel(url, owner, job_id, reason))
     if as_json:
         _print_json(answer)
@@ -102,19 +118,32 @@ def cancel(job_id: str, reason: str, as_json: bool, url: str, owner: str) -> Non
 
 def _input(prompt: str | None, model: str, agent: str, tools: tuple[str, ...], input_json: str | None) -> Any:
     if input_json is not None:
-        text = sys.stdin.read() if input_json == "-" else input_json
-        try:
-            return msgspec.json.decode(text)
-        except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-            raise BadRequest(f"--input is not JSON: {error}") from error
+        return _decoded(sys.stdin.read() if input_json == "-" else input_json)
     if prompt is None:
         return None
     chat: dict[str, Any] = {"prompt": prompt, "model": model, "agent": agent, "tools": list(tools)}
     return {name: value for name, value in chat.items() if value}
 
 
+def _decoded(text: str) -> Any:
+    import msgspec
+
+    from streamjobs.events import UNENCODABLE
+
+    try:
+        return msgspec.json.decode(text)
+    except UNENCODABLE as error:
+        raise BadRequest(f"--input is not JSON: {error}") from error
+
+
+def _client(url: str, owner: str) -> Client:
+    from streamjobs.client import Client
+
+    return Client(url, owner=owner)
+
+
 async def _submit(url: str, owner: str, body: dict[str, Any], key: str, follow: bool, as_json: bool) -> None:
-    async with Client(url, owner=owner) as client:
+    async with _client(url, owner) as client:
         answer = await client.submit(body, idempotency_key=key)
     if as_json:
         _print_json(answer)
@@ -125,9 +154,13 @@ async def _submit(url: str, owner: str, body: dict[str, Any], key: str, follow: 
 
 
 async def _watch(url: str, owner: str, job_id: str, after: str | None, as_json: bool) -> int:
+    import msgspec
+
+    from streamjobs.cli.show import Screen
+
     screen = Screen()
     last = ""
-    async with Client(url, owner=owner) as client:
+    async with _client(url, owner) as client:
         async for event in client.watch(job_id, after):
             last = _end_of(event.type, event.data) or last
             if as_json:
@@ -146,15 +179,17 @@ def _end_of(kind: str, data: Any) -> str:
 
 
 async def _get(url: str, owner: str, job_id: str) -> dict[str, Any]:
-    async with Client(url, owner=owner) as client:
+    async with _client(url, owner) as client:
         return await client.get(job_id)
 
 
 async def _cancel(url: str, owner: str, job_id: str, reason: str) -> dict[str, Any]:
-    async with Client(url, owner=owner) as client:
+    async with _client(url, owner) as client:
         return await client.cancel(job_id, reason)
 
 
 def _print_json(value: Any) -> None:
+    import msgspec
+
     sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
     sys.stdout.flush()

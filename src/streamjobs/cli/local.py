@@ -1,11 +1,11 @@
-"""Roles in this process: a worker, or everything with a private Redis and, without a key, a scripted provider."""
+"""Roles in this process: a worker; or everything, with a private Redis and a model or a script for one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import click
@@ -65,15 +65,15 @@ async def run_dev(settings: Settings, target: str | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def local_redis(settings: Settings) -> AsyncIterator[tuple[Settings, RedisServer]]:
+async def local_redis(settings: Settings) -> AsyncGenerator[tuple[Settings, RedisServer]]:
     """Yield settings that name a running Redis, and what it is."""
     async with embedded_redis(Path(settings.data_dir), redis_url=settings.redis_url) as redis:
         yield msgspec.structs.replace(settings, redis_url=redis.url), redis
 
 
 @contextlib.asynccontextmanager
-async def local_provider(settings: Settings) -> AsyncIterator[Settings]:
-    """Yield settings with which a model answers: as they are where a key or a server is set, else a scripted one."""
+async def local_provider(settings: Settings) -> AsyncGenerator[Settings]:
+    """Yield settings with which a model answers: a scripted one where neither a key nor a server is set."""
     if has_provider(settings):
         yield settings
         return

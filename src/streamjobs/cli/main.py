@@ -2,12 +2,12 @@
 
 Rule 1: an error is one line on standard error and an exit status, never a traceback; `--debug` shows one.
 Rule 2: standard output is for what was asked for: it can be piped.
+Rule 3: a command imports what it needs when it runs: help is there at once.
 """
 
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 
 import click
 
@@ -20,9 +20,9 @@ from streamjobs.errors import StreamjobsError
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Settings come from --config FILE, STREAMJOBS_<NAME> variables, and --set NAME=VALUE, later ones winning.",
+    epilog="Settings: --config FILE, STREAMJOBS_<NAME> variables, --set NAME=VALUE; later ones win.",
 )
-@click.version_option(metadata.version("streamjobs"), prog_name="streamjobs")
+@click.version_option(package_name="streamjobs", prog_name="streamjobs")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
@@ -48,24 +48,37 @@ def main() -> None:
     """Run the command; turn errors into one line."""
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        _leave("stopped", 130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.exceptions.Exit as leaving:
-        sys.exit(leaving.exit_code)
-    except KeyboardInterrupt:
+    except click.ClickException as error:
+        _leave(_wrong_use(error), error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _leave("stopped", 130)
-    except StreamjobsError as error:
-        if "--debug" in sys.argv:
-            raise
-        _leave(f"{error} ({error.code})", 1)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _leave(_what_happened(error), 1)
+
+
+def _wrong_use(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if isinstance(context, click.Context) else ""
+    return error.format_message().rstrip(".") + hint
+
+
+def _what_happened(error: Exception) -> str:
+    if isinstance(error, StreamjobsError):
+        return f"{error} ({error.code})"
+    if isinstance(error, OSError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error} (streamjobs --debug … shows where)"
 
 
 def _leave(message: str, status: int) -> None:
-    click.secho(f"streamjobs: {message}", fg="red" if status == 1 else None, err=True)
+    one_line = " ".join(message.split())
+    click.secho(f"streamjobs: {one_line}", fg="red" if status in {1, 2} else None, err=True)
     sys.exit(status)

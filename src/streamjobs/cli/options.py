@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from streamjobs.config import Settings, load_settings
 from streamjobs.errors import ConfigError
-from streamjobs.logs import set_up_logs
+
+if TYPE_CHECKING:
+    from streamjobs.config import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -50,12 +51,15 @@ def read_settings(
     redis_url: str | None, config: Path | None, assignments: tuple[str, ...], **more: Any
 ) -> Settings:
     """Settings as the options say, with logs set up by them. Raises `ConfigError`."""
+    from streamjobs.config import from_text, load_settings
+    from streamjobs.logs import set_up_logs
+
     overrides: dict[str, Any] = {"redis_url": redis_url, **more}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set {assignment}: expected NAME=VALUE")
-        overrides[name.strip()] = _value(name.strip(), value)
+        overrides[name.strip()] = from_text(name.strip(), value)
     settings = load_settings(file=config, **overrides)
     set_up_logs(settings)
     return settings
@@ -77,9 +81,3 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
     except ImportError:
         return asyncio.run(main)
     return uvloop.run(main)
-
-
-def _value(name: str, text: str) -> Any:
-    if name in {"queues", "priority_weights"}:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text

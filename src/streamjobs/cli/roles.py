@@ -22,8 +22,13 @@ def dev(
 ) -> None:  # fmt: skip
     """Run everything in one process, with a private Redis.
 
-    The Redis is the one at --redis-url, or a redis-server started for this process with its data in data_dir, or,
-    where there is none, fakeredis (and then nothing survives). Without an API key a scripted provider answers.
+    The Redis is the one at --redis-url, or a redis-server started for this process with its data in data_dir,
+    or, where there is none, fakeredis (and then nothing survives). Without an API key a scripted provider
+    answers.
+
+    \b
+    streamjobs dev                                  then: streamjobs submit --prompt Hi --watch
+    streamjobs dev mypackage.jobs:app --port 9000   with your own workflows and tools
     """
     from streamjobs.cli.local import run_dev
 
@@ -44,6 +49,10 @@ def serve(
     """Run the gateway: the API, and SSE for any number of viewers.
 
     MODULE:APP names your App: submissions are checked against its workflows, agents and tools.
+
+    \b
+    streamjobs serve --redis-url redis://redis:6379 --host 0.0.0.0
+    streamjobs serve mypackage.jobs:app --ops-port 9090
     """
     from streamjobs.cli.local import chosen_app
     from streamjobs.gateway.app import serve as serve_gateway
@@ -62,12 +71,17 @@ def serve(
 @click.option("--concurrency", type=int, help="Jobs at once.")
 @settings_options
 def worker(
-    app: str | None, queues: tuple[str, ...], concurrency: int | None, redis_url: str | None, config: Path | None,
-    assignments: tuple[str, ...],
+    app: str | None, queues: tuple[str, ...], concurrency: int | None, redis_url: str | None,
+    config: Path | None, assignments: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Run a worker until SIGTERM, which drains it: what cannot end in time is handed back.
+    """Run a worker until SIGTERM, which drains it.
 
-    MODULE:APP names your App, such as mypackage.jobs:app; without one it runs the built-in chat.
+    What cannot end within drain_grace is handed back, and goes on elsewhere. MODULE:APP names your App;
+    without one it runs the built-in chat.
+
+    \b
+    streamjobs worker --redis-url redis://redis:6379
+    streamjobs worker mypackage.jobs:app --queue bulk --concurrency 50
     """
     from streamjobs.cli.local import chosen_app, run_worker
 
@@ -82,13 +96,17 @@ def worker(
 
 @click.command()
 @click.option("--scenario", type=click.Path(path_type=Path), help="A YAML or JSON file; default: the demo's.")
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=int, default=8500, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, default=8500, show_default=True, help="Port to listen on.")
 def provider(scenario: Path | None, host: str, port: int) -> None:
-    """Run the scripted provider: a model server that follows a scenario, faults included.
+    """Run the scripted provider: a model server for tests.
 
-    It speaks OpenAI's chat completions and Anthropic's messages; point openai_base_url at http://HOST:PORT/v1 or
-    anthropic_base_url at http://HOST:PORT.
+    It follows a scenario, faults included, and speaks OpenAI's chat completions and Anthropic's messages.
+
+    \b
+    streamjobs provider --port 8500
+    streamjobs worker --set openai_base_url=http://127.0.0.1:8500/v1
+    streamjobs worker --set anthropic_base_url=http://127.0.0.1:8500
     """
     from streamjobs.testing import DEMO, load_scenario
     from streamjobs.testing import serve as serve_provider

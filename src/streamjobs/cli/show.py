@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -25,6 +26,12 @@ _STYLES = {
     "error": "bold red",
 }
 _MAX = 110
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """The text without control characters: models and tools must not steer a terminal."""
+    return text.translate(_CONTROLS)
 
 
 class Screen:
@@ -46,7 +53,9 @@ class Screen:
     def line(self, text: str, style: str = "", number: str = "") -> None:
         """Print a line of its own."""
         self._end_text()
-        self.console.print(Text.assemble((f"{number:>5} " if number else "      ", "dim"), (text, style)))
+        self.console.print(
+            Text.assemble((f"{number:>5} " if number else "      ", "dim"), (printable(text), style))
+        )
 
     def say(self, text: str) -> None:
         """Print what the program itself has to say."""
@@ -57,7 +66,7 @@ class Screen:
         if not self._in_text:
             self.console.print("      ", end="")
         self._in_text = True
-        self.console.print(Text(text.replace("\n", "\n      "), style=style), end="")
+        self.console.print(Text(printable(text).replace("\n", "\n      "), style=style), end="")
         sys.stdout.flush()
 
     def _end_text(self) -> None:
@@ -75,11 +84,11 @@ def _summary(event: WatchedEvent) -> str:
 
 
 def _call(data: dict[str, Any]) -> str:
-    arguments = data.get("arguments")
-    shown = (
-        ", ".join(f"{k}={v!r}" for k, v in arguments.items()) if isinstance(arguments, dict) else arguments
-    )  # pyright: ignore[reportUnknownVariableType]
-    return f"{data['tool']}({shown})"
+    arguments: Any = data.get("arguments")
+    if isinstance(arguments, dict):
+        named = cast("dict[str, Any]", arguments)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in named.items())
+    return f"{data['tool']}({arguments})"
 
 
 def _output(data: dict[str, Any]) -> str:
@@ -88,11 +97,11 @@ def _output(data: dict[str, Any]) -> str:
 
 
 def _error(data: dict[str, Any]) -> str:
-    error = data.get("error") or {}
+    error: dict[str, Any] = data.get("error") or {}
     return f"{error.get('code')}: {error.get('message')}"
 
 
-_WORDS = {
+_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "job.queued": lambda d: (
         f"{d['kind']} in {d.get('queue', 'default')}" + (f", held: {d['held']}" if d.get("held") else "")
     ),
@@ -122,4 +131,4 @@ _WORDS = {
     "snapshot": lambda d: f"{d['status']}, {len(d.get('text', ''))} characters so far",
     "reset": lambda d: f"{d.get('reason')}",
     "error": lambda d: str(d.get("detail") or d.get("title")),
-}  # type: ignore[var-annotated]
+}

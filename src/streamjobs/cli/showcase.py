@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, cast
 
 import msgspec
 
@@ -101,7 +101,7 @@ class Showcase:
                 return await self._with_gateway()
 
     @contextlib.contextmanager
-    def _data_dir(self):  # noqa: ANN202
+    def _data_dir(self) -> Generator[str]:
         """A folder for Redis: the configured one, or for --once a fresh one that goes with it."""
         if not self._once:
             yield self._settings.data_dir
@@ -180,10 +180,12 @@ class Showcase:
         if transcript.events[-1].type.startswith("job."):
             return
         await self._kill_worker()
-        await self._watch_until(client, job_id, transcript, lambda _: False)
+        await self._watch_until(client, job_id, transcript, _never)
 
-    async def _watch_until(self, client: Client, job_id: str, transcript: Transcript, enough: Any) -> None:
-        async with contextlib.aclosing(_events(client, job_id, str(transcript.cursor))) as events:
+    async def _watch_until(
+        self, client: Client, job_id: str, transcript: Transcript, enough: Callable[[WatchedEvent], bool]
+    ) -> None:
+        async with contextlib.aclosing(client.watch(job_id, str(transcript.cursor))) as events:
             async for event in events:
                 transcript.add(event)
                 self._screen.show(event)
@@ -233,16 +235,15 @@ class Showcase:
             "no duplicates": transcript.duplicates == 0,
             "one restart for the killed worker": restarts == self._kills == 1,
             "what the viewer folded is what the gateway shows": transcript.view() == view,
-            "the answer is whole, with no word of the lost attempt": view["text"].endswith(view["result"]["text"])
-            if view["status"] == "completed" else False,
+            "the answer is whole, with no word of the lost attempt": _is_whole(view),
             "every invariant holds in the store": report.is_healthy,
         }  # fmt: skip
         self._screen.say("the proof")
         for claim, holds in checks.items():
             self._screen.line(f"{'yes' if holds else 'NO '}  {claim}", "green" if holds else "bold red")
         self._screen.line(
-            f"events seen {len(transcript.events)}  gaps {transcript.gaps}  duplicates {transcript.duplicates}  "
-            f"restarts {restarts}  seconds {seconds:.1f}",
+            f"events seen {len(transcript.events)}  gaps {transcript.gaps}  "
+            f"duplicates {transcript.duplicates}  restarts {restarts}  seconds {seconds:.1f}",
             "bold green" if all(checks.values()) else "bold red",
         )
         if not report.is_healthy:
@@ -267,9 +268,12 @@ class Showcase:
             self._screen.line(line, "cyan")
 
 
-async def _events(client: Client, job_id: str, after: str) -> AsyncIterator[WatchedEvent]:
-    async for event in client.watch(job_id, after):
-        yield event
+def _never(_event: WatchedEvent) -> bool:
+    return False
+
+
+def _is_whole(view: dict[str, Any]) -> bool:
+    return view["status"] == "completed" and view["text"].endswith(view["result"]["text"])
 
 
 def _as_environment(settings: Settings) -> dict[str, str]:
@@ -279,10 +283,15 @@ def _as_environment(settings: Settings) -> dict[str, str]:
     for name in settings.__struct_fields__:
         value = getattr(settings, name)
         if value != getattr(defaults, name):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-            environment[PREFIX + name.upper()] = text
+            environment[PREFIX + name.upper()] = _as_text(value)
     environment[f"{PREFIX}OPS_PORT"] = "0"
     return environment
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in cast("tuple[object, ...]", value))
+    return str(value)
 
 
 def _free_port(settings: Settings) -> int:

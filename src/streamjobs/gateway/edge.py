@@ -18,8 +18,8 @@ from streamjobs.gateway.problems import answer_to
 log = structlog.get_logger(__name__)
 
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-ABORT = "streamjobs.abort"
-"""Our server's ASGI extension: `call` breaks the connection at once."""
+CONNECTION = "streamjobs.connection"
+"""Our server's ASGI extension: `abort()` breaks the connection at once, `on_lost(hear)` tells of its end."""
 
 
 class Edge:
@@ -77,8 +77,21 @@ def route_of(scope: Scope) -> str:
 
 def abort_of(scope: Scope) -> Callable[[], None]:
     """How to break this connection; a server without our extension closes it when the app returns."""
+    return _connection_of(scope).get("abort", _nothing)
+
+
+def on_lost(scope: Scope, hear: Callable[[], None] | None) -> bool:
+    """Be told when the client is gone, or no more; False on a server without our extension."""
+    tell = _connection_of(scope).get("on_lost")
+    if tell is None:
+        return False
+    tell(hear)
+    return True
+
+
+def _connection_of(scope: Scope) -> dict[str, Any]:
     extensions: dict[str, dict[str, Any]] = scope.get("extensions") or {}
-    return extensions.get(ABORT, {}).get("call", _nothing)
+    return extensions.get(CONNECTION, {})
 
 
 def _nothing() -> None:

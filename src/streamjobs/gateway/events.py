@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from starlette.datastructures import Headers, QueryParams
@@ -32,7 +32,7 @@ from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.errors import CursorNotFound, Invalid, StoreUnavailable
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
-from streamjobs.gateway.edge import abort_of
+from streamjobs.gateway.edge import abort_of, on_lost
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.viewer import Viewer
 from streamjobs.store import Entry, JobRecord, Page
@@ -46,6 +46,15 @@ LOOKUP_TIMEOUT = 1.0
 _LIMIT = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
 
 
+class _Asked(NamedTuple):
+    """What a request is for."""
+
+    job_id: str
+    form: str
+    cursor: Cursor | None
+    limit: str | None
+
+
 class Events:
     """The route, as an ASGI app."""
 
@@ -54,39 +63,34 @@ class Events:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the form that `Accept` asks for."""
-        job_id: str = scope["path_params"]["id"]
-        headers = Headers(scope=scope)
-        query = QueryParams(scope["query_string"])
-        cursor = wanted_cursor(headers, query)
-        form = _form(headers.get("accept", ""))
-        if form == "application/x-ndjson":
-            await self._ndjson(job_id, cursor or START, send)
-        elif form == "application/json":
-            response = await self._page(job_id, cursor or START, query.get("limit"))
-            await response(scope, receive, send)
+        asked = _asked(scope)
+        if asked.form == "application/x-ndjson":
+            await self._ndjson(asked, send)
+        elif asked.form == "application/json":
+            await self._page(asked, scope, receive, send)
         else:
-            await self._stream(job_id, cursor, scope, receive, send)
+            await self._stream(asked, scope, receive, send)
 
     # --- the stream
 
-    async def _stream(
-        self, job_id: str, cursor: Cursor | None, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        record, end = await self._look_up(job_id)
-        if end is not None and cursor == end:
+    async def _stream(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        record, end = await self._look_up(asked.job_id)
+        if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
             return
-        viewer = self._hub.open(job_id, cursor, record, abort_of(scope))
-        listener = asyncio.create_task(_listen(receive, viewer), name="listen")
+        viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope))
+        listener = None if on_lost(scope, viewer.lose) else asyncio.create_task(_listen(receive, viewer))
         try:
             await _pump(viewer, send)
         finally:
             self._hub.close(viewer)
-            listener.cancel()
+            on_lost(scope, None)
+            if listener is not None:
+                listener.cancel()
 
     async def _look_up(self, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
         """The job's head, where it takes asking, and its terminal event if it has ended.
@@ -105,8 +109,9 @@ class Events:
 
     # --- the log at once
 
-    async def _page(self, job_id: str, cursor: Cursor, limit: str | None) -> Response:
-        page = await self._read(job_id, cursor, _limit(limit, self._hub.settings.page_events))
+    async def _page(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        cursor = asked.cursor or START
+        page = await self._read(asked.job_id, cursor, _limit(asked.limit, self._hub.settings.page_events))
         last = page.entries[-1].cursor if page.entries else cursor
         body = {
             "events": [_event(entry) for entry in page.entries],
@@ -115,12 +120,11 @@ class Events:
             "status": page.status,
             "more": not page.is_up_to_date,
         }
-        return Response(
-            encode_json(body), media_type="application/json", headers={"Cache-Control": "no-store"}
-        )
+        headers = {"Cache-Control": "no-store"}
+        await Response(encode_json(body), 200, headers, "application/json")(scope, receive, send)
 
-    async def _ndjson(self, job_id: str, cursor: Cursor, send: Send) -> None:
-        page = await self._read(job_id, cursor, self._hub.settings.page_events)
+    async def _ndjson(self, asked: _Asked, send: Send) -> None:
+        page = await self._read(asked.job_id, asked.cursor or START, self._hub.settings.page_events)
         headers = [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         more = True
@@ -130,7 +134,7 @@ class Events:
             async with asyncio.timeout(self._hub.settings.send_timeout):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
             if more:
-                page = await self._read(job_id, page.entries[-1].cursor, self._hub.settings.page_events)
+                page = await self._read(asked.job_id, page.entries[-1].cursor, self._hub.settings.page_events)
 
     async def _read(self, job_id: str, cursor: Cursor, limit: int) -> Page:
         max_bytes = self._hub.settings.page_bytes
@@ -140,14 +144,17 @@ class Events:
         return page
 
 
-def wanted_cursor(headers: Headers, query: QueryParams) -> Cursor | None:
-    """Where a client wants to go on, None for a client that is new. Raises `InvalidCursor`."""
+def _asked(scope: Scope) -> _Asked:
+    """Read a request. Raises `InvalidCursor`."""
+    headers, query = Headers(scope=scope), QueryParams(scope["query_string"])
     text = headers.get("last-event-id") or query.get("after")
-    return parse_cursor(text) if text else None
-
-
-def _form(accept: str) -> str:
-    return next((form for form in FORMS if form in accept), FORMS[0])
+    accept = headers.get("accept", "")
+    return _Asked(
+        job_id=scope["path_params"]["id"],
+        form=next((form for form in FORMS if form in accept), FORMS[0]),
+        cursor=parse_cursor(text) if text else None,
+        limit=query.get("limit"),
+    )
 
 
 async def _pump(viewer: Viewer, send: Send) -> None:
@@ -174,7 +181,7 @@ def _count(viewer: Viewer, sent: bytes) -> None:
 
 
 async def _listen(receive: Receive, viewer: Viewer) -> None:
-    """Notice that the client is gone, also while nothing is being sent."""
+    """Notice that the client is gone on a server that does not tell us by itself."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":

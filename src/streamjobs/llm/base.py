@@ -8,7 +8,7 @@ and the caller decides, visibly.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal, Protocol
 
 import msgspec
@@ -76,10 +76,10 @@ Piece = TextPiece | ReasoningPiece | Answer
 class Provider(Protocol):
     """A way to call models. One instance serves many jobs at once."""
 
-    def stream(self, request: ModelRequest) -> AsyncIterator[Piece]:
+    def stream(self, request: ModelRequest) -> AsyncGenerator[Piece, None]:
         """Call the model and yield its answer as it comes.
 
-        Closing the iterator closes the connection. Raises `ProviderError`: `is_retryable` and `retry_after`
+        Closing the generator closes the connection. Raises `ProviderError`: `is_retryable` and `retry_after`
         say what the caller may do.
         """
         ...

@@ -3,7 +3,8 @@
 Rule 1: lines end at LF, CR and CRLF only, wherever the chunks are cut; the bytes of a line are never
 decoded here, so U+2028 and half characters cannot break one.
 Rule 2: memory is bounded: a line or an event over the limit is a `ProviderError`.
-Rule 3: comments, `id` and `retry` make no event: a reader's idle clock must not take them for progress.
+Rule 3: comments, `id` and `retry` make no event by themselves: an idle clock must not
+take them for progress.
 
 Rejected: `httpx.Response.aiter_lines`, which also splits at U+2028, U+0085 and VT, inside a JSON string.
 """
@@ -16,6 +17,7 @@ from streamjobs.errors import ProviderError
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
+_MAX_RETRY_DIGITS = 10  # `int` refuses thousands of digits
 
 
 class ServerSentEvent(msgspec.Struct, frozen=True):
@@ -101,7 +103,7 @@ class EventParser:
             self._event = value.decode("utf-8", "replace")
         elif name == b"id" and b"\x00" not in value:
             self._id = value.decode("utf-8", "replace")
-        elif name == b"retry" and value.isdigit():
+        elif name == b"retry" and value.isdigit() and len(value) < _MAX_RETRY_DIGITS:
             self._retry = int(value)
         return None
 

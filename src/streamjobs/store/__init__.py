@@ -47,10 +47,10 @@ FORMAT = "1"
 class Store:
     """Everything streamjobs does with one Redis. Made by `open`, ended by `aclose`."""
 
-    def __init__(self, settings: Settings, client: Redis, *, plain: bool = False) -> None:
+    def __init__(self, settings: Settings, client: Any, *, plain: bool = False) -> None:
         self.settings = settings
         self.is_plain = plain
-        self.client = client
+        self.client: Any = client
         self._subscriber = subscriber_client(settings)
         self._blocking: list[Redis] = []
         scripts = Scripts(client, Limits.of(settings), plain=plain)
@@ -67,10 +67,10 @@ class Store:
         Raises `StoreUnavailable`, `ConfigError` where the store was created with another partition count or
         Redis may evict keys.
         """
-        client = rw_client(settings)
+        client: Any = rw_client(settings)
         try:
             with translated():
-                info: dict[str, Any] = await client.info("server")  # pyright: ignore[reportUnknownMemberType]
+                info: dict[str, Any] = await client.info("server")
             store = cls(settings, client, plain="fakeredis" in str(info.get("redis_build_id", "")))
             await store._check_meta()
             await store._check_eviction()
@@ -111,16 +111,16 @@ class Store:
         wanted = {"partitions": str(self.settings.partitions), "format": FORMAT}
         with translated():
             for field, value in wanted.items():
-                await self.client.hsetnx(keys.META, field, value)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownMemberType]
-            found: dict[Any, Any] = await self.client.hgetall(keys.META)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType, reportUnknownMemberType]
-        for field, value in ((text(f), text(v)) for f, v in found.items()):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
+                await self.client.hsetnx(keys.META, field, value)
+            found: dict[Any, Any] = await self.client.hgetall(keys.META)
+        for field, value in ((text(f), text(v)) for f, v in found.items()):
             if wanted.get(field, value) != value:
                 raise ConfigError(f"this store was created with {field} = {value}, not {wanted[field]}")
 
     async def _check_eviction(self) -> None:
         """Under an eviction policy a job's hash may vanish while its log stays. Managed Redis may hide it."""
         with translated():
-            info: dict[str, Any] = await self.client.info("memory")  # pyright: ignore[reportUnknownMemberType]
+            info: dict[str, Any] = await self.client.info("memory")
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
             raise ConfigError(f"Redis evicts keys (maxmemory-policy {policy}); streamjobs needs noeviction")

@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import hiredis
+from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.exceptions import ConnectionError, TimeoutError
 
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
@@ -24,10 +24,11 @@ USER_TIMEOUT = 5.0
 
 
 class _Packed:
-    """Packs commands in C. redis-py's own loop over a batch's thousands of arguments costs more than all the rest."""
+    """Packs commands in C: redis-py's own loop over thousands of arguments costs more than all the rest."""
 
     def pack_command(self, *arguments: Any) -> list[bytes]:
-        return [hiredis.pack_command(arguments)]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAttributeAccessIssue]
+        pack: Any = hiredis.pack_command  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAttributeAccessIssue]
+        return [pack(arguments)]
 
 
 class _PackedTcp(_Packed, Connection): ...
@@ -40,6 +41,7 @@ class _PackedUnix(_Packed, UnixDomainSocketConnection): ...
 
 
 _CONNECTIONS = {"redis": _PackedTcp, "rediss": _PackedTls, "unix": _PackedUnix}
+_FORMS = "redis://, rediss:// or unix://"
 
 
 def rw_client(settings: Settings) -> Redis:
@@ -47,44 +49,35 @@ def rw_client(settings: Settings) -> Redis:
 
     Raises `ConfigError` for a URL that is none of Redis's.
     """
-    options = common_options(settings)
-    pool = BlockingConnectionPool.from_url(
-        settings.redis_url,
-        connection_class=_CONNECTIONS[urlsplit(settings.redis_url).scheme],
+    return _client(
+        settings,
+        connection_class=_CONNECTIONS[_scheme(settings.redis_url)],
         max_connections=settings.redis_max_connections,
-        timeout=settings.redis_timeout,
         socket_timeout=settings.redis_timeout,
         retry=Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.5), 3),
-        retry_on_error=[ConnectionError, TimeoutError],
-        **options,
+        retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError],
     )
-    return Redis(connection_pool=pool)
 
 
 def blocking_client(settings: Settings, block: float) -> Redis:
     """A client with one connection, for a loop that blocks up to `block` seconds; never retries."""
-    pool = BlockingConnectionPool.from_url(
-        settings.redis_url,
-        max_connections=1,
-        timeout=settings.redis_timeout,
-        socket_timeout=block + 3.0,
-        retry=Retry(NoBackoff(), 0),
-        **common_options(settings),
-    )
-    return Redis(connection_pool=pool)
+    return _client(settings, max_connections=1, socket_timeout=block + 3.0, retry=Retry(NoBackoff(), 0))
 
 
 def subscriber_client(settings: Settings) -> Redis:
     """The client whose connections carry subscriptions; reconnecting is the subscriber's own work."""
-    pool = BlockingConnectionPool.from_url(
-        settings.redis_url,
-        max_connections=2,
-        timeout=settings.redis_timeout,
-        socket_timeout=None,
-        retry=Retry(NoBackoff(), 0),
-        **common_options(settings),
-    )
-    return Redis(connection_pool=pool)
+    return _client(settings, max_connections=2, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+
+
+def _client(settings: Settings, **options: Any) -> Redis:
+    pools: Any = BlockingConnectionPool
+    known = common_options(settings)
+    try:
+        pool = pools.from_url(settings.redis_url, timeout=settings.redis_timeout, **known, **options)
+        pool.make_connection()  # not connected: it only says what of the URL no connection understands
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"setting 'redis_url': {error}") from error
+    return Redis.from_pool(pool)  # which it closes, unlike one that it is given as `connection_pool`
 
 
 def common_options(settings: Settings) -> dict[str, Any]:
@@ -92,19 +85,25 @@ def common_options(settings: Settings) -> dict[str, Any]:
 
     Raises `ConfigError` for a URL that is none of Redis's.
     """
-    parts = urlsplit(settings.redis_url)
-    if parts.scheme not in {"redis", "rediss", "unix"}:
-        raise ConfigError(
-            f"setting 'redis_url': expected redis://, rediss:// or unix://, not {parts.scheme or 'nothing'!r}"
-        )
+    scheme = _scheme(settings.redis_url)
     options: dict[str, Any] = {
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": settings.redis_connect_timeout,
     }
-    if parts.scheme != "unix":
+    if scheme != "unix":
         options |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}
     return options
+
+
+def _scheme(url: str) -> str:
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as error:
+        raise ConfigError(f"setting 'redis_url': {error}") from error
+    if scheme not in _CONNECTIONS:
+        raise ConfigError(f"setting 'redis_url': expected {_FORMS}, not {scheme or 'nothing'!r}")
+    return scheme
 
 
 def _keepalive() -> dict[int, int]:

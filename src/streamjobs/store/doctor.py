@@ -117,8 +117,8 @@ class Doctor:
 
     async def _keys(self) -> AsyncIterator[str]:
         with translated():
-            async for raw in self._store.client.scan_iter(match="sj:*", count=1000):  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-                yield text(raw)  # pyright: ignore[reportUnknownArgumentType]
+            async for raw in self._store.client.scan_iter(match="sj:*", count=1000):
+                yield text(raw)
 
     async def _check_key(self, name: str) -> str | None:
         """Check one key; returns the job's id for the key of a job's hash."""
@@ -129,8 +129,8 @@ class Doctor:
             self._violation("known_keys", name, "nobody declared this key")
             return None
         with translated():
-            kind = text(await self._store.client.type(name))  # pyright: ignore[reportUnknownMemberType]
-            ttl: int = await self._store.client.pttl(name)  # pyright: ignore[reportUnknownMemberType]
+            kind = text(await self._store.client.type(name))
+            ttl: int = await self._store.client.pttl(name)
         if kind not in {key.type, "none"}:
             self._violation("known_keys", name, f"a {kind}, not a {key.type}")
         if key.lifetime == "ttl" and ttl == -1:
@@ -280,11 +280,10 @@ def check_place(head: Head) -> list[tuple[str, str]]:
         wrong.append(("one_place", f"{head.status} and in {sorted(present) or 'no place'}"))
     if head.status in _ENDED and head.timer_score:
         wrong.append(("one_place", f"{head.status} with a timer"))
-    if (head.status == "running") != head.in_running_set or (head.status == "running") != (
-        "lease" in head.fields
-    ):
-        wrong.append(("one_place", f"{head.status}, lease {head.fields.get('lease')}, in its owner's running set: "
-                                   f"{head.in_running_set}"))  # fmt: skip
+    is_running, lease = head.status == "running", head.fields.get("lease")
+    if is_running != head.in_running_set or is_running != (lease is not None):
+        found = f"{head.status}, lease {lease}, in its owner's running set: {head.in_running_set}"
+        wrong.append(("one_place", found))
     return wrong
 
 

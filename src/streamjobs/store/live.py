@@ -3,25 +3,28 @@
 Rule 1: what comes here is a hint. A listener that sees a hole, or is told `on_gap`, reads the log.
 Rule 2: a listener is added before Redis confirms, and `subscribe` returns after: then the log is read.
 Rule 3: the last listener of a channel leaving frees everything about it.
+Rule 4: callers only change what is wanted; one task a connection tells Redis, so that nothing overtakes.
 
-redis-py's own PubSub reconnects and resubscribes without a word, does not check that a PING was
-answered, and costs more for each message; so this reads one raw connection. Silence for longer than
-`WATCHDOG` although a PING was sent closes it; after each reconnection every listener is told.
+A session has three tasks: one reads, one sends what changed, one sees to it that the link lives. Silence for
+longer than `WATCHDOG` although a PING was sent ends it; each later session confirms every channel again, and
+then its listeners are told `on_gap`.
+
+Rejected: redis-py's own PubSub. It reconnects and resubscribes without a word, does not check that a PING was
+answered, and costs more for each message; so this reads one raw connection.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import structlog
+from redis import exceptions
 from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError
 
 from streamjobs.errors import StoreUnavailable
 from streamjobs.store import keys
@@ -32,6 +35,8 @@ log = structlog.get_logger(__name__)
 WATCHDOG = 4.0
 CONFIRM_TIMEOUT = 5.0
 _BACKOFF_CAP = 2.0
+_SLICE = 1000
+"""Channels in one command."""
 
 
 class Listener(Protocol):
@@ -44,178 +49,239 @@ class Listener(Protocol):
         """The connection is new: anything may have been missed."""
 
 
+class _Channel:
+    """A channel that somebody here wants. `is_known`: a confirmation from now on means a gap."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+        self.hear: Callable[[str], None] | None = None
+        self.stands = asyncio.Event()
+        self.is_known = False
+
+    def confirm(self) -> None:
+        if self.is_known:
+            for listener in tuple(self.listeners):
+                listener.on_gap()
+        self.is_known = True
+        self.stands.set()
+
+    def deliver(self, payload: bytes) -> None:
+        if self.hear is not None:
+            self.hear(payload.decode())
+            return
+        entries = parse_live(payload)
+        for listener in tuple(self.listeners):
+            listener.on_entries(entries)
+
+
 class Live:
     """Subscriptions of this process over one connection. `connected` says whether it stands."""
 
     def __init__(self, client: Redis) -> None:
-        self._client = client
-        self._listeners: dict[str, list[Listener]] = {}
-        self._hints: dict[str, Callable[[str], None]] = {}
-        self._confirmed: dict[str, asyncio.Event] = {}
-        self._connection: AbstractConnection | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._wanted = asyncio.Event()
-        self._lock = asyncio.Lock()
+        self._client: Any = client
+        self._channels: dict[str, _Channel] = {}
+        self._told: set[str] = set()
+        """What Redis was told to send, on this connection."""
+        self._unanswered: Counter[str] = Counter()
+        """SUBSCRIBEs without an answer: only the last one's says that a channel stands."""
+        self._touched: dict[str, None] = {}
+        self._changed = asyncio.Event()
+        self._wants_ping = False
         self._heard = False
+        self._runner: asyncio.Task[None] | None = None
+        self._is_closed = False
         self.connected = False
         self.connections = 0
 
     @property
     def channels(self) -> int:
-        """How many channels are subscribed to."""
-        return len(self._listeners) + len(self._hints)
+        """How many channels are wanted."""
+        return len(self._channels)
 
     async def subscribe(self, job_id: str, listener: Listener) -> None:
         """Hear of a job's events; returns once Redis has confirmed, so that a read after it leaves no hole.
 
         Raises `StoreUnavailable` when Redis does not confirm in time; the listener stays and is told
-        `on_gap` once the connection stands.
+        `on_gap` once the connection stands. A cancelled call leaves no listener.
         """
-        channel = keys.live_channel(job_id)
-        known = self._listeners.setdefault(channel, [])
-        known.append(listener)
-        if len(known) == 1:
-            await self._join(channel)
-        await self._confirmation(channel)
+        name = keys.live_channel(job_id)
+        channel = self._want(name)
+        channel.listeners.append(listener)
+        try:
+            await self._until_it_stands(channel)
+        except asyncio.CancelledError:
+            self._remove(name, listener)
+            raise
 
     async def unsubscribe(self, job_id: str, listener: Listener) -> None:
-        """Stop hearing of a job's events."""
-        channel = keys.live_channel(job_id)
-        known = self._listeners.get(channel, [])
-        if listener in known:
-            known.remove(listener)
-        if not known and self._listeners.pop(channel, None) is not None:
-            confirmed = self._confirmed.pop(channel, None)
-            if confirmed is not None:
-                confirmed.set()
-            await self._send("UNSUBSCRIBE", channel)
+        """Stop hearing of a job's events; those of a call that still waits for Redis too."""
+        self._remove(keys.live_channel(job_id), listener)
 
     async def on_inbox(self, partitions: Iterable[int], hear: Callable[[str], None]) -> None:
         """Hear of jobs that something came in for, by their ids."""
         for partition in partitions:
-            channel = f"{keys.prefix(partition)}inbox"
-            self._hints[channel] = hear
-            await self._join(channel)
+            self._want(f"{keys.prefix(partition)}inbox").hear = hear
 
     async def aclose(self) -> None:
-        """Stop reading and close the connection."""
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-            self._reader = None
-        await self._disconnect()
+        """Stop reading and close the connection. Whoever waits for a confirmation gets `StoreUnavailable`."""
+        self._is_closed = True
+        for channel in self._channels.values():
+            channel.stands.set()
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+            self._runner = None
 
-    async def _join(self, channel: str) -> None:
-        self._confirmed[channel] = asyncio.Event()
-        if self._reader is None:
-            self._reader = asyncio.create_task(self._run(), name="live")
-        await self._send("SUBSCRIBE", channel)
+    # --- what is wanted
 
-    async def _confirmation(self, channel: str) -> None:
-        event = self._confirmed.get(channel)
-        if event is None:
+    def _want(self, name: str) -> _Channel:
+        if self._is_closed:
+            raise StoreUnavailable("this process is closing")
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run(), name="live")
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = _Channel()
+            if name in self._told and name not in self._unanswered:
+                channel.confirm()
+            self._touch(name)
+        return channel
+
+    def _remove(self, name: str, listener: Listener) -> None:
+        channel = self._channels.get(name)
+        if channel is None or listener not in channel.listeners:
             return
+        channel.listeners.remove(listener)
+        if not channel.listeners:
+            del self._channels[name]
+            channel.stands.set()
+            self._touch(name)
+
+    def _touch(self, name: str) -> None:
+        self._touched[name] = None
+        self._changed.set()
+
+    async def _until_it_stands(self, channel: _Channel) -> None:
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT):
-                await event.wait()
+                await channel.stands.wait()
         except TimeoutError:
-            event.set()  # so that the confirmation, when it comes, counts as a gap
+            channel.is_known = True
             raise StoreUnavailable("Redis does not confirm a subscription") from None
+        if self._is_closed:
+            raise StoreUnavailable("this process is closing")
 
-    async def _send(self, command: str, *channels: str) -> None:
-        """Send on the connection that stands; without one, connecting subscribes to everything wanted."""
-        async with self._lock:
-            if self._connection is None or not self.connected:
-                return
-            try:
-                await self._connection.send_command(command, *channels)
-            except (RedisError, OSError):
-                self.connected = False
+    # --- the connection
 
     async def _run(self) -> None:
         failures = 0
         while True:
+            self._heard = False
             try:
-                connection = await self._connect()
-                failures = 0
-                await self._read(connection)
-            except (RedisError, OSError, TimeoutError) as error:
-                failures += 1
-                log.warning("live.disconnected", error=type(error).__name__, failures=failures)
-            finally:
-                await self._disconnect()
-            await asyncio.sleep(
-                min(_BACKOFF_CAP, 0.05 * 2 ** min(failures, 10)) * (0.5 + random.random() / 2)
-            )
+                await self._connected()
+            except* (exceptions.RedisError, OSError) as group:
+                log.warning("live.disconnected", error=_first_name(group), failures=failures)
+            except* Exception:
+                log.exception("live.failed", failures=failures)
+            failures = 1 if self._heard else failures + 1
+            delay = min(_BACKOFF_CAP, 0.05 * 2 ** min(failures, 10))
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
-    async def _connect(self) -> AbstractConnection:
-        connection: AbstractConnection = self._client.connection_pool.make_connection()
-        await connection.connect()
-        async with self._lock:
-            self._connection = connection
-            channels = [*self._listeners, *self._hints]
-            for start in range(0, len(channels), 1000):
-                await connection.send_command("SUBSCRIBE", *channels[start : start + 1000])
-            self.connected = True
-        self.connections += 1
-        return connection
-
-    async def _disconnect(self) -> None:
-        self.connected = False
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
-
-    async def _read(self, connection: AbstractConnection) -> None:
-        watchdog = asyncio.create_task(self._watch(connection), name="live watchdog")
+    async def _connected(self) -> None:
+        """One connection, from its beginning to its end, which is always an exception."""
+        connection: Any = self._client.connection_pool.make_connection()
         try:
-            while True:
-                message = await connection.read_response(timeout=math.inf)
-                self._heard = True
-                self._dispatch(message)
+            async with asyncio.timeout(WATCHDOG):
+                await connection.connect()
+            await self._session(connection)
         finally:
-            watchdog.cancel()
+            self.connected = False
+            self._told.clear()
+            self._unanswered.clear()
+            if not self._is_closed:
+                for channel in self._channels.values():
+                    channel.stands.clear()
+            await _close(connection)
 
-    async def _watch(self, connection: AbstractConnection) -> None:
-        """PING a connection that is silent; close one that stays silent, which ends the read."""
-        asked = False
+    async def _session(self, connection: Any) -> None:
+        self._touched = dict.fromkeys(self._channels)
+        self._changed.set()
+        self.connected = True
+        self.connections += 1
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(connection), name="live read")
+            tasks.create_task(self._write(connection), name="live write")
+            tasks.create_task(self._watch(), name="live watchdog")
+
+    async def _read(self, connection: Any) -> None:
+        while True:
+            message: Any = await connection.read_response(timeout=math.inf)
+            self._heard = True
+            self._dispatch(message)
+
+    async def _write(self, connection: Any) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._wants_ping:
+                self._wants_ping = False
+                await _send(connection, "PING")
+            names, self._touched = self._touched, {}
+            leaving = [name for name in names if name in self._told and name not in self._channels]
+            joining = [name for name in names if name in self._channels and name not in self._told]
+            self._told.difference_update(leaving)
+            self._told.update(joining)
+            self._unanswered.update(joining)
+            for command, channels in (("UNSUBSCRIBE", leaving), ("SUBSCRIBE", joining)):
+                for start in range(0, len(channels), _SLICE):
+                    await _send(connection, command, *channels[start : start + _SLICE])
+
+    async def _watch(self) -> None:
+        """Have a silent connection asked for a sign of life; end one that stays silent."""
         while True:
             self._heard = False
             await asyncio.sleep(WATCHDOG / 2)
             if self._heard:
-                asked = False
-            elif asked:
-                await connection.disconnect(nowait=True)
-                return
-            else:
-                asked = True
-                await self._send("PING")
+                continue
+            self._wants_ping = True
+            self._changed.set()
+            await asyncio.sleep(WATCHDOG / 2)
+            if not self._heard:
+                raise TimeoutError("Redis is silent")
 
     def _dispatch(self, message: Any) -> None:
         kind = message[0]
         if kind == b"message":
-            self._deliver(message[1].decode(), message[2])
+            channel = self._channels.get(message[1].decode())
+            if channel is not None:
+                channel.deliver(message[2])
         elif kind == b"subscribe":
             self._on_confirmed(message[1].decode())
 
-    def _deliver(self, channel: str, payload: bytes) -> None:
-        hear = self._hints.get(channel)
-        if hear is not None:
-            hear(payload.decode())
+    def _on_confirmed(self, name: str) -> None:
+        self._unanswered[name] -= 1
+        if self._unanswered[name] > 0:
             return
-        listeners = self._listeners.get(channel)
-        if listeners:
-            entries = parse_live(payload)
-            for listener in tuple(listeners):
-                listener.on_entries(entries)
+        del self._unanswered[name]
+        channel = self._channels.get(name)
+        if channel is not None and name in self._told:
+            channel.confirm()
 
-    def _on_confirmed(self, channel: str) -> None:
-        event = self._confirmed.get(channel)
-        if event is None:
-            return
-        if event.is_set():
-            for listener in tuple(self._listeners.get(channel, ())):
-                listener.on_gap()
-        event.set()
+
+async def _send(connection: Any, *command: str) -> None:
+    """Send on a connection that stands. redis-py would open it anew, without its subscriptions."""
+    if not connection.is_connected:
+        raise exceptions.ConnectionError("the connection is closed")
+    await connection.send_command(*command)
+
+
+async def _close(connection: Any) -> None:
+    try:
+        await connection.disconnect(nowait=True)
+    except (exceptions.RedisError, OSError):
+        log.debug("live.close_failed")
+
+
+def _first_name(group: BaseExceptionGroup[Any]) -> str:
+    first: Any = group.exceptions[0]
+    return _first_name(first) if hasattr(first, "exceptions") else type(first).__name__

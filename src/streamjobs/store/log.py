@@ -46,7 +46,7 @@ class Log:
     """Reads logs of jobs."""
 
     def __init__(self, client: Redis, scripts: Scripts) -> None:
-        self._client = client
+        self._client: Any = client
         self._scripts = scripts
 
     async def page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from redis import Redis
@@ -23,7 +24,8 @@ class Renewer:
     def __init__(self, settings: Settings, *, plain: bool = False) -> None:
         script = Scripts.RENEW
         self._sha, self._text = (script.plain_sha, script.plain_text) if plain else (script.sha, script.text)
-        self._client = Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
+        redis: Any = Redis
+        self._client = redis.from_url(
             settings.redis_url,
             socket_timeout=settings.redis_timeout,
             retry=Retry(NoBackoff(), 1),
@@ -39,9 +41,9 @@ class Renewer:
         arguments = (1, f"{keys.prefix(partition)}leases", self._limits, len(leases), *flatten(leases))
         with translated():
             try:
-                now_ms, rows = self._client.execute_command("EVALSHA", self._sha, *arguments)  # pyright: ignore[reportUnknownMemberType]
+                now_ms, rows = self._client.execute_command("EVALSHA", self._sha, *arguments)
             except NoScriptError:
-                now_ms, rows = self._client.execute_command("EVAL", self._text, *arguments)  # pyright: ignore[reportUnknownMemberType]
+                now_ms, rows = self._client.execute_command("EVAL", self._text, *arguments)
         return now_ms, [parse_renewal(row) for row in rows]
 
     def close(self) -> None:

@@ -12,17 +12,9 @@ from importlib import resources
 from typing import Any, ClassVar
 
 import msgspec
+from redis import exceptions as refusals
 from redis.asyncio import Redis
-from redis.exceptions import (
-    BusyLoadingError,
-    ConnectionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import NoScriptError, RedisError
 
 from streamjobs.config import Settings
 from streamjobs.errors import StoreFull, StoreUnavailable, StreamjobsError
@@ -83,7 +75,7 @@ class Script:
     """One script's text and digest. `flags` is its `#!lua` line; `shared` puts common.lua in front."""
 
     def __init__(self, name: str, flags: str = "", *, shared: bool = True) -> None:
-        folder = resources.files(__package__) / "scripts"
+        folder = resources.files("streamjobs.store") / "scripts"
         body = (folder / f"{name}.lua").read_text()
         common = (folder / "common.lua").read_text() if shared else ""
         head = f"#!lua{' flags=' + flags if flags else ''}\n"
@@ -110,7 +102,7 @@ class Scripts:
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
     def __init__(self, client: Redis, limits: Limits, *, plain: bool = False) -> None:
-        self._client = client
+        self._client: Any = client
         self._limits = msgspec.json.encode(limits)
         self._plain = plain
 
@@ -146,12 +138,20 @@ class translated:  # noqa: N801 - reads as the statement it is
             raise _ours(error) from error
 
 
+_AWAY = (
+    refusals.ConnectionError,
+    refusals.TimeoutError,
+    refusals.BusyLoadingError,
+    refusals.ReadOnlyError,
+)
+
+
 def _ours(error: RedisError) -> StreamjobsError:
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, refusals.OutOfMemoryError):
         return StoreFull("Redis is at its memory limit")
-    if isinstance(error, ConnectionError | TimeoutError | BusyLoadingError | ReadOnlyError):
+    if isinstance(error, _AWAY):
         return StoreUnavailable(f"Redis cannot be reached: {type(error).__name__}")
-    if isinstance(error, ResponseError) and str(error).startswith(
+    if isinstance(error, refusals.ResponseError) and str(error).startswith(
         ("LOADING", "MISCONF", "BUSY", "MASTERDOWN", "UNBLOCKED")
     ):
         return StoreUnavailable(f"Redis refuses commands now: {error}")

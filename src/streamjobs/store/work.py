@@ -124,7 +124,7 @@ class Work:
     """Takes, advances, renews and wakes jobs."""
 
     def __init__(self, client: Redis, scripts: Scripts, settings: Settings) -> None:
-        self._client = client
+        self._client: Any = client
         self._scripts = scripts
         self._settings = settings
 
@@ -169,17 +169,17 @@ class Work:
         """One job at one instant, as inspect.lua answers; empty where it is gone."""
         return await self._scripts.call(Scripts.INSPECT, keys.partition_of_job(job_id), job_id)
 
-    async def wait_for_tickets(self, client: Redis, ends: dict[str, str], block: float) -> bool:
+    async def wait_for_tickets(self, client: Any, ends: dict[str, str], block: float) -> bool:
         """Block on `client` until a stream grows past its end; False after `block` seconds."""
         with translated():
-            reply = await client.xread(ends, count=1, block=max(1, round(block * 1000)))  # pyright: ignore[reportArgumentType, reportUnknownMemberType, reportUnknownVariableType]
-        return bool(reply)  # pyright: ignore[reportUnknownArgumentType]
+            reply = await client.xread(ends, count=1, block=max(1, round(block * 1000)))
+        return bool(reply)
 
     async def backlog(self, partition: int) -> dict[str, int]:
         """The exact counts: `waiting:<queue>`, `held:<queue>`, `running:<queue>`."""
         with translated():
-            counts: dict[bytes, bytes] = await self._client.hgetall(f"{keys.prefix(partition)}counts")  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType, reportUnknownMemberType]
-        return {text(field): int(n) for field, n in counts.items() if field != b"order"}  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
+            counts: dict[bytes, bytes] = await self._client.hgetall(f"{keys.prefix(partition)}counts")
+        return {text(field): int(n) for field, n in counts.items() if field != b"order"}
 
 
 def _lease(row: list[Any]) -> Lease:

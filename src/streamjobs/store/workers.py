@@ -31,7 +31,7 @@ class Workers:
     """The registry, in partition 0."""
 
     def __init__(self, client: Redis, settings: Settings) -> None:
-        self._client = client
+        self._client: Any = client
         self._ttl = ms(settings.worker_ttl)
         self._prefix = keys.prefix(0)
 
@@ -55,8 +55,8 @@ class Workers:
     async def all(self) -> list[WorkerInfo]:
         """Every worker whose heartbeat is recent."""
         with translated():
-            ids: list[Any] = await self._client.zrange(f"{self._prefix}workers", 0, -1)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+            ids: list[Any] = await self._client.zrange(f"{self._prefix}workers", 0, -1)
             if not ids:
                 return []
-            found: list[Any] = await self._client.mget([f"{self._prefix}worker:{text(one)}" for one in ids])  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+            found: list[Any] = await self._client.mget([f"{self._prefix}worker:{text(one)}" for one in ids])
         return [msgspec.json.decode(one, type=WorkerInfo) for one in found if one is not None]

@@ -310,7 +310,7 @@ async def _stall(fault: StallFault, stream: Stream) -> None:
         await stream.pause(fault.seconds)
         return
     for _ in range(math.ceil(fault.seconds / _COMMENT_INTERVAL)):
-        stream.write(b": keep-alive\n\n")
+        stream.write(b": keep-alive\n\nevent: ping\ndata: {}\n\n")
         await stream.flush()
         await stream.pause(_COMMENT_INTERVAL)
 

@@ -56,7 +56,7 @@ class CutFault(_Fault, frozen=True, kw_only=True, tag="cut"):
 
 
 class StallFault(_Fault, frozen=True, kw_only=True, tag="stall"):
-    """Silence for `seconds` after some tokens; `comments` keeps the connection busy meanwhile."""
+    """Silence for `seconds` after some tokens; `comments` (and pings) keep the connection busy meanwhile."""
 
     after: int = 3
     seconds: float = 3600.0
@@ -243,8 +243,8 @@ around them was real. I asked for the list of files, then for two files at once;
 recorded each call before it began and each result when it came, and called me again with what they said.
 
 Everything you see arrives as events of one log, a few tokens at a time. Reload the page, open it in a \
-second window, or stop the worker in the middle of this sentence: the answer goes on where it was, or the turn is \
-visibly begun again, and no word is lost or shown twice.
+second window, or stop the worker in the middle of this sentence: the answer goes on where it was, or the \
+turn is visibly begun again, and no word is lost or shown twice.
 
 To talk to a real model, set OPENAI_API_KEY or ANTHROPIC_API_KEY, or point STREAMJOBS_OPENAI_BASE_URL at any \
 server that speaks chat completions, and ask again."""

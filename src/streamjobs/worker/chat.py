@@ -3,7 +3,8 @@
 Rule 1: a turn's tools start after `turn.completed`, with its calls, is in the log.
 Rule 2: `tool.started` is in the log before the tool's effect; a `once` tool that was started and never
 recorded is `tool.unknown`, it does not run again.
-Rule 3: a turn that was interrupted begins again with `turn.restarted`; two generations are never spliced.
+Rule 3: a turn that was interrupted after it had said something begins again with `turn.restarted`; two
+generations are never spliced. One that had said nothing just goes on.
 Rule 4: every failure of a tool is a result that the model sees; none fails the job.
 """
 
@@ -19,7 +20,7 @@ import structlog
 
 from streamjobs import events as ev
 from streamjobs import metrics
-from streamjobs.app import Agent, ChatInput, Tool, ToolContext
+from streamjobs.app import Agent, ChatInput, Tool, ToolContext, is_too_deep
 from streamjobs.errors import Fenced, Invalid, LimitExceeded, ProviderError, StreamjobsError
 from streamjobs.events import ErrorInfo, Json, ToolCallRequest, Usage, clean_text
 from streamjobs.faults import fault
@@ -41,7 +42,7 @@ _UNKNOWN_OUTCOME = (
 _Stream = Callable[[ModelRequest], AsyncGenerator[Piece, None]]
 
 
-class TooManyRounds(StreamjobsError):
+class TooManyRounds(StreamjobsError):  # noqa: N818 - named after what happened, as all our errors
     """The model still asks for tools after the last round."""
 
     code, http_status = "too_many_rounds", 422
@@ -100,9 +101,16 @@ class _Conversation:
         self._ctx.turn += 1
         recorded = self._ctx.history.turns.get(self._ctx.turn)
         if recorded is not None:
-            self._ctx.call_ids.update(call.call_id for call in recorded.calls)
+            self._take_over(recorded)
             return recorded
         return await _Turn(self._ctx, self._ctx.turn, self._request(), self._provider.stream).run()
+
+    def _take_over(self, recorded: ev.TurnCompleted) -> None:
+        """Go on from a turn that an earlier run completed; its calls may not all be in the log yet."""
+        for call in recorded.calls:
+            self._ctx.call_ids.add(call.call_id)
+            if not self._ctx.history.tool(call.call_id).is_called:
+                self._ctx.journal.emit(_called(call, recorded))
 
     def _request(self) -> ModelRequest:
         specs = [tool.spec for tool in self._tools.values()]
@@ -133,46 +141,55 @@ class _Turn:
         self._request = request
         self._stream = stream
         self._attempt = 1
+        self._started: asyncio.Future[int] | None = None
+        self._first_seq = 0
+        self._has_text = False
         self._pieces = 0
 
     async def run(self) -> ev.TurnCompleted:
         backoff = Backoff(self._ctx.settings.retry_base, self._ctx.settings.provider_max_retry_after)
-        started = self._start()
+        self._start()
         for attempt in range(1, self._ctx.settings.provider_attempts + 1):
             try:
                 return await self._complete(await self._generate())
             except ProviderError as error:
                 metrics.TURNS.labels("error").inc()
-                if not error.is_retryable or attempt == self._ctx.settings.provider_attempts:
+                # the provider itself tries again while nothing was said
+                is_last = not self._has_text or attempt == self._ctx.settings.provider_attempts
+                if is_last or not error.is_retryable:
                     raise
                 log.info("turn.retrying", turn=self._turn, error=str(error))
                 await asyncio.sleep(backoff.delay(attempt, at_least=error.retry_after))
-                self._restart(await started, str(error))
+                await self._restart(str(error))
         raise AssertionError("unreachable")
 
-    def _start(self) -> asyncio.Future[int]:
-        """Record that the turn starts, or starts again; the future is the seq of its first start."""
+    def _start(self) -> None:
+        """Record that the turn starts, or starts again where an earlier run of it had said something."""
         known = self._ctx.history.open_turns.get(self._turn)
-        if known is not None:
-            self._attempt = known.attempt
-            self._restart(known.seq, "the worker before was lost")
-            first: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            first.set_result(known.seq)
-        else:
-            first = self._journal.emit_tracked(
+        if known is None:
+            self._started = self._journal.emit_tracked(
                 ev.TurnStarted(ts=self._ctx.clock.now_ms(), turn=self._turn, model=self._request.model)
             )
+        else:
+            self._first_seq, self._attempt = known.seq, known.attempt
+            if known.has_text:
+                self._emit_restart(self._ctx.history.interruption)
         fault("after_turn_started")
-        return first
 
-    def _restart(self, supersedes_from: int, why: str) -> None:
+    async def _restart(self, why: str) -> None:
+        if self._started is not None:
+            self._first_seq, self._started = await self._started, None
+        self._emit_restart(why)
+
+    def _emit_restart(self, why: str) -> None:
         self._attempt += 1
+        self._has_text = False
         self._journal.emit(
             ev.TurnRestarted(
                 ts=self._ctx.clock.now_ms(),
                 turn=self._turn,
                 attempt=self._attempt,
-                supersedes_from=supersedes_from,
+                supersedes_from=self._first_seq,
                 model=self._request.model,
                 why=clean_text(why),
             )
@@ -191,11 +208,12 @@ class _Turn:
 
     def _record(self, kind: type[ev.TextDelta] | type[ev.ReasoningDelta], text: str) -> None:
         ts = self._ctx.clock.now_ms()
+        self._has_text = True
         for start in range(0, len(text), _MAX_PIECE):
             piece = text[start : start + _MAX_PIECE]
             self._journal.emit_delta(kind(ts=ts, turn=self._turn, text=piece, attempt=self._attempt))
         self._pieces += 1
-        if self._pieces == 3:  # noqa: PLR2004 - some deltas are in the log by then
+        if self._pieces == 3:  # some deltas are in the log by then
             fault("mid_turn")
 
     async def _complete(self, answer: Answer) -> ev.TurnCompleted:
@@ -214,15 +232,7 @@ class _Turn:
         fault("before_turn_completed")
         self._journal.emit(event)
         for call in calls:
-            self._journal.emit(
-                ev.ToolCalled(
-                    ts=event.ts,
-                    call_id=call.call_id,
-                    tool=call.tool,
-                    arguments=_shown(call.arguments),
-                    turn=self._turn,
-                )
-            )
+            self._journal.emit(_called(call, event))
         await self._journal.commit()
         metrics.TURNS.labels("completed").inc()
         metrics.TOKENS.labels("in").inc(answer.usage.input_tokens)
@@ -240,7 +250,6 @@ class _Call:
         self._turn = turn
         self._call = call
         self._record = ctx.history.tool(call.call_id)
-        self._is_running = False
 
     async def run(self, *, refused: bool) -> Message:
         outcome = self._recorded()
@@ -272,7 +281,7 @@ class _Call:
             return self._failed(
                 ErrorInfo("unknown_tool", f"there is no tool {clean_text(self._call.tool)!r}")
             )
-        if self._record.starts and self._tool.effect == "once":
+        if self._record.starts and "once" in {self._tool.effect, self._record.effect}:
             return self._unknown()
         await self._start(self._tool)
         try:
@@ -313,31 +322,20 @@ class _Call:
             idempotency_key=self._key(),
             attempt=self._record.starts,
             settings=self._ctx.settings,
-            on_progress=self._on_progress(),
+            on_progress=self._on_progress,
             cancelled=lambda: self._ctx.is_cancelled or self._ctx.journal.closed is not None,
         )
 
-    def _on_progress(self) -> Callable[[float | None, str], None]:
-        """Progress may come from a thread: it is recorded on the loop, while the call runs."""
-        loop = asyncio.get_running_loop()
-        self._is_running = True
-
-        def record(percent: float | None, message: str) -> None:
-            event = ev.ToolProgress(
-                ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, percent=percent, message=message
-            )
-            # a job that is stopped or over its budget hears of it elsewhere
-            with suppress(Fenced, LimitExceeded):
-                if self._is_running:
-                    self._ctx.journal.emit(event)
-
-        def report(percent: float | None, message: str) -> None:
-            loop.call_soon_threadsafe(record, percent, message)
-
-        return report
+    def _on_progress(self, percent: float | None, message: str) -> None:
+        """Record progress; it comes on the event loop, and only while the call runs."""
+        event = ev.ToolProgress(
+            ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, percent=percent, message=message
+        )
+        # a job that is stopped or over its budget hears of it elsewhere
+        with suppress(Fenced, LimitExceeded):
+            self._ctx.journal.emit(event)
 
     def _finish(self, outcome: ToolOutcome) -> None:
-        self._is_running = False
         if outcome.error is not None:
             self._failed(outcome.error, outcome.ms)
             return
@@ -358,10 +356,10 @@ class _Call:
         return ToolOutcome(error=ErrorInfo("unknown_outcome", _UNKNOWN_OUTCOME))
 
     def _abandon(self) -> None:
-        """The run is stopped while the tool runs: where somebody asked for that, say that its outcome is unknown."""
-        self._is_running = False
-        if self._ctx.is_cancelled and self._ctx.journal.closed is None:
-            self._emit_unknown("the job was cancelled while the tool ran")
+        """The run is stopped while the tool runs: if no other run follows, its outcome is unknown."""
+        if self._ctx.is_stopped_for_good:
+            with suppress(Fenced, LimitExceeded):
+                self._emit_unknown("the job was stopped while the tool ran")
 
     def _emit_unknown(self, message: str) -> None:
         event = ev.ToolUnknown(ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, message=message)
@@ -389,17 +387,26 @@ def _opening(request: ChatInput, agent: Agent | None) -> list[Message]:
 
 
 def _distinct(call: ToolCallRequest, turn: int, index: int, taken: set[str]) -> ToolCallRequest:
-    """Make a call's id unique over the job (some providers count anew in each turn) and fit for every provider."""
-    call_id = _FOREIGN.sub("_", call.call_id)[:_MAX_CALL_ID] or f"call_{turn}_{index}"
-    if call_id in taken:
-        call_id = f"{call_id}_{turn}_{index}"
+    """Make a call's id unique over the job, as some providers count anew in each turn, and fit for all."""
+    wanted = _FOREIGN.sub("_", call.call_id)[:_MAX_CALL_ID] or f"call_{turn}_{index}"
+    call_id, tries = wanted, 0
+    while call_id in taken:
+        suffix = f"_{turn}_{index}" + (f"_{tries}" if tries else "")
+        call_id, tries = wanted[: _MAX_CALL_ID - len(suffix)] + suffix, tries + 1
     taken.add(call_id)
     return msgspec.structs.replace(call, call_id=call_id)
 
 
+def _called(call: ToolCallRequest, turn: ev.TurnCompleted) -> ev.ToolCalled:
+    return ev.ToolCalled(
+        ts=turn.ts, call_id=call.call_id, tool=call.tool, arguments=_shown(call.arguments), turn=turn.turn
+    )
+
+
 def _shown(arguments: str) -> Json:
-    """A call's arguments as people and folds see them: decoded where they are JSON, the text otherwise."""
+    """A call's arguments as people and folds see them: decoded where that is sane, else the text."""
     try:
-        return msgspec.json.decode(arguments) if arguments.strip() else {}
+        shown: Json = msgspec.json.decode(arguments.strip() or "{}")
     except ev.UNENCODABLE:
         return arguments
+    return arguments if is_too_deep(shown) else shown

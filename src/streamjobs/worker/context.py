@@ -1,6 +1,6 @@
 """What a workflow's code sees: its job, its past, and the ways to record what it does.
 
-Rule 1: a workflow runs from its start after every wake or crash; what is recorded is returned, not done again.
+Rule 1: a workflow runs from its start after every wake or crash; what is recorded is returned, not redone.
 Rule 2: what a workflow says (progress, log lines, its own events) is said once: the first n of a kind are
 skipped where the log has n.
 """
@@ -59,6 +59,7 @@ class Context:
         providers: Providers,
         clock: Clock,
         should_stop: Callable[[], bool],
+        is_stopped_for_good: Callable[[], bool],
     ) -> None:
         self.lease = lease
         self.history = history
@@ -71,6 +72,7 @@ class Context:
         self.is_chatting = False
         self.call_ids: set[str] = set()
         self._should_stop = should_stop
+        self._is_stopped_for_good = is_stopped_for_good
 
     @property
     def job_id(self) -> str:
@@ -119,7 +121,7 @@ class Context:
     def emit(self, name: str, data: Json = None) -> None:
         """Record an event of the workflow's own; viewers get it as `x.<name>` with `data`.
 
-        Raises `Invalid` for a name that is not lower case letters, digits and `_.-`, or data that is not JSON.
+        Raises `Invalid` for a name that is not of lower case letters, digits and `_.-`, or data not JSON.
         """
         if not _EVENT_NAME.fullmatch(name):
             raise Invalid(f"event name {name!r}: 1 to 60 of a-z, 0-9 and _.-")
@@ -156,6 +158,11 @@ class Context:
         )
         result: ChatResult = await converse(self, request)
         return result.text
+
+    @property
+    def is_stopped_for_good(self) -> bool:
+        """Whether this run is being stopped and no other one follows: the job was cancelled or timed out."""
+        return self._is_stopped_for_good()
 
     def should_stop(self) -> bool:
         """Whether this run is to be handed back at its next recorded point (a drain or a pause)."""

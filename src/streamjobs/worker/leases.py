@@ -74,7 +74,13 @@ class LeaseKeeper:
             if stalled > 2 * self._lease:
                 log.error("leases.event_loop_stalled", seconds=round(stalled, 1))
             else:
-                self._renew()
+                self._renew_all()
+
+    def _renew_all(self) -> None:
+        try:
+            self._renew()
+        except Exception:  # a thread that dies here would lose every lease without a word
+            log.exception("leases.not_renewed")
 
     def _renew(self) -> None:
         by_partition: dict[int, list[LeaseKey]] = {}

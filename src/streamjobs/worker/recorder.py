@@ -4,7 +4,10 @@ Rule 1: one append call is in flight for each partition; what gathers meanwhile 
 Rule 2: a batch once sent is frozen: the same bytes under the same number until it has an answer.
 Rule 3: deltas coalesce: the first after a pause goes at once, later ones every 20 ms or 1 KB;
 anything that is not a delta goes at once, with what is before it.
-Rule 4: it is bounded: a job whose events wait for Redis is told to stop reading (`is_full`, `room`).
+Rule 4: it is bounded: a job whose events wait for Redis is told to stop reading (`is_full`, `room`), a
+batch and a call have a most, and what one job cannot get rid of never passes its own budget.
+Rule 5: once a job's outcome is handed in its journal takes nothing more; an `inbox` answer opens it again.
+Rule 6: one job's fault never stops the others: what Redis refuses for no passing reason is sent row by row.
 
 A journal is one job under one lease; all of it is keyed by (job, epoch), so a job that comes back to
 the same worker shares nothing with its former life.
@@ -17,13 +20,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
 from streamjobs import metrics
 from streamjobs.config import Settings
-from streamjobs.errors import Fenced, LimitExceeded, StoreFull, StoreUnavailable
+from streamjobs.errors import Fenced, LimitExceeded, StoreFull, StoreUnavailable, StreamjobsError
 from streamjobs.events import DELTAS, Event, ReasoningDelta, TextDelta, encode_event
 from streamjobs.faults import fault
 from streamjobs.store import Answer, Batch, Lease, Outcome, Work
@@ -34,8 +37,16 @@ log = structlog.get_logger(__name__)
 Delta = TextDelta | ReasoningDelta
 
 _MAX_BATCH_EVENTS = 500
-_ALWAYS = frozenset({"tool.completed", "tool.failed", "tool.unknown"})
+_MAX_BATCH_BYTES = 1024 * 1024
+_MAX_CALL_BYTES = 4 * 1024 * 1024
+"""The most of one call, but for its last batch: Redis serves nobody else while it runs."""
+
+_ALWAYS = frozenset({"tool.completed", "tool.failed", "tool.unknown", "turn.completed"})
+"""What is written even when Redis is full: outcomes that are in hand, without which a job cannot end."""
+
 _BACKOFF_CAP = 1.0
+_TRIES_TOGETHER = 6
+"""How often a call that Redis refuses for no passing reason is tried before its batches go one by one."""
 
 
 class _Ending(NamedTuple):
@@ -60,11 +71,10 @@ class Journal:
         "_delta_bytes",
         "_emitted",
         "_ending",
+        "_finished",
         "_flushed_at",
-        "_outcome",
         "_pending",
         "_pieces",
-        "_refused",
         "_room",
         "_tracked",
         "_waiters",
@@ -74,10 +84,12 @@ class Journal:
         "inbox",
         "is_delayed",
         "is_queued",
+        "is_resting",
         "lease",
         "number",
         "on_change",
         "partition",
+        "refused",
         "seq",
         "unwritten",
     )
@@ -93,8 +105,10 @@ class Journal:
         self.committed = 0
         self.unwritten = 0
         self.closed: Exception | None = None
+        self.refused: LimitExceeded | None = None
         self.is_queued = False
         self.is_delayed = False
+        self.is_resting = False
         self._committer = committer
         self._emitted = 0
         self._pending: list[tuple[str, bytes]] = []
@@ -103,9 +117,8 @@ class Journal:
         self._delta_bytes = 0
         self._flushed_at = 0.0
         self._batch: Batch | None = None
-        self._outcome: _Ending | None = None
         self._ending: _Ending | None = None
-        self._refused: Exception | None = None
+        self._finished: asyncio.Future[Answer] | None = None
         self._tracked: dict[int, asyncio.Future[int]] = {}
         self._waiters: deque[tuple[int, asyncio.Future[Answer]]] = deque()
         self._room: asyncio.Event | None = None
@@ -120,7 +133,8 @@ class Journal:
     def emit(self, event: Event) -> None:
         """Hand in an event that is not a delta; it goes out with the next call.
 
-        Raises `Fenced` (or what else closed the journal), `LimitExceeded` for an event that is too large.
+        Raises `Fenced` (or what else closed the journal), `LimitExceeded` for an event that is too large or a
+        job that is over its budget.
         """
         self._require_open()
         self._end_delta()
@@ -135,14 +149,10 @@ class Journal:
         return future
 
     def emit_delta(self, delta: Delta) -> None:
-        """Hand in a delta; it joins the one before where it can."""
+        """Hand in a delta; it joins the one before where it can. Raises as `emit`."""
         self._require_open()
         before = self._delta
-        if before is not None and (type(before), before.turn, before.attempt) != (
-            type(delta),
-            delta.turn,
-            delta.attempt,
-        ):
+        if before is not None and not _continues(delta, before):
             self._end_delta()
         if self._delta is None:
             self._delta = delta
@@ -160,13 +170,16 @@ class Journal:
         self._end_delta()
         if self.committed < self._emitted:
             self._committer.ready(self)
-            await self._answered(self._emitted)
+            future: asyncio.Future[Answer] = self._committer.loop.create_future()
+            self._waiters.append((self._emitted, future))
+            await future
         return self.seq
 
     async def room(self) -> None:
         """Wait until less waits for Redis. Raises what closed the journal meanwhile."""
         while self.is_full and self.closed is None:
-            self._room = asyncio.Event()
+            if self._room is None:
+                self._room = asyncio.Event()
             await self._room.wait()
         self._require_open()
 
@@ -175,46 +188,47 @@ class Journal:
     ) -> Answer:
         """Hand in what becomes of the job, with what is still pending, and wait for the answer.
 
-        An `inbox` answer leaves the lease as it was; everything else ends the journal. Raises `Fenced`.
+        An `inbox` answer leaves the lease as it was; everything else ends the journal. Raises `Fenced`, and
+        `LimitExceeded` where the pending events are over the job's budget: they are dropped, finish again.
         """
-        self._refused = None
-        self._require_open()
+        if self.closed is not None:
+            raise self.closed
+        self._settle(Fenced("the job is ending"))
         self._end_delta()
         if event is not None:
             self._add(event, checked=False)
-        self._outcome = _Ending(outcome, delay_ms, timers, event is not None)
+        self._ending = _Ending(outcome, delay_ms, timers, event is not None)
+        self._finished = self._committer.loop.create_future()
         self._committer.ready(self)
-        return await self._answered(self._emitted + 1)
+        return await self._finished
 
     def drop_deltas(self) -> None:
-        """Forget text that was not sent yet. Only once nobody in the job's code waits any more."""
-        self._delta, self._pieces, self._delta_bytes = None, [], 0
-        self._drop([event for event in self._pending if event[0] not in DELTAS])
-
-    def _drop(self, kept: list[tuple[str, bytes]]) -> None:
-        self._pending = kept
-        self._outcome = None
-        sent = self._batch.events if self._batch is not None else ()
-        self._emitted = self.committed + len(sent) + len(kept)
-        self.unwritten = sum(len(data) for _, data in (*sent, *kept))
-        tracked, self._tracked = self._tracked, {}
-        for future in tracked.values():
-            future.cancel()
-        self._waiters = deque(waiter for waiter in self._waiters if not waiter[1].done())
+        """Forget text that was not sent yet, before `finish`: whoever still waits gets `Fenced`."""
+        self._settle(Fenced("the job is ending"))
+        self._keep([event for event in self._pending if event[0] not in DELTAS])
 
     def _require_open(self) -> None:
         if self.closed is not None:
             raise self.closed
-        if self._refused is not None:
-            raise self._refused
+        if self.refused is not None:
+            raise self.refused
+        if self._finished is not None:
+            raise Fenced("the job is ending")
 
     def _add(self, event: Event, *, checked: bool = True) -> None:
         data = encode_event(event)
-        if checked and len(data) > self._committer.settings.max_event_bytes:
-            raise LimitExceeded(f"{event.type} of {len(data)} bytes is over max_event_bytes")
+        if checked:
+            self._require_within_budget(event, len(data))
         self._pending.append((event.type, data))
         self._emitted += 1
         self.unwritten += len(data)
+
+    def _require_within_budget(self, event: Event, size: int) -> None:
+        settings = self._committer.settings
+        if size > settings.max_event_bytes:
+            raise LimitExceeded(f"{event.type} of {size} bytes is over max_event_bytes")
+        if self.unwritten + size > settings.max_bytes:
+            raise LimitExceeded(f"with {event.type} more waits to be written than max_bytes allows")
 
     def _end_delta(self) -> None:
         """Make the gathered pieces an event."""
@@ -224,21 +238,26 @@ class Journal:
         text = self._pieces[0] if len(self._pieces) == 1 else "".join(self._pieces)
         self.unwritten -= self._delta_bytes
         self._delta, self._pieces, self._delta_bytes = None, [], 0
-        self._add(type(delta)(ts=delta.ts, turn=delta.turn, text=text, attempt=delta.attempt))
+        event = type(delta)(ts=delta.ts, turn=delta.turn, text=text, attempt=delta.attempt)
+        self._add(event, checked=False)
 
-    def _answered(self, position: int) -> asyncio.Future[Answer]:
-        future: asyncio.Future[Answer] = self._committer.loop.create_future()
-        self._waiters.append((position, future))
-        return future
+    def _keep(self, events: list[tuple[str, bytes]]) -> None:
+        """Make these all that is pending. Positions start anew, so nobody may be waiting for one."""
+        self._delta, self._pieces, self._delta_bytes = None, [], 0
+        self._pending = events
+        sent = self._batch.events if self._batch is not None else ()
+        self._emitted = self.committed + len(sent) + len(events)
+        self.unwritten = sum(len(data) for _, data in (*sent, *events))
 
     # --- going out
 
     @property
     def must_be_written(self) -> bool:
-        """Whether its batch is to be written even when Redis is full: it helps the job to end."""
-        if self._outcome is not None or self._ending is not None:
+        """Whether it is to be written even when Redis is full: it has what lets the job end."""
+        if self._finished is not None:
             return True
-        return self._batch is not None and any(kind in _ALWAYS for kind, _ in self._batch.events)
+        sent = self._batch.events if self._batch is not None else ()
+        return any(kind in _ALWAYS for kind, _ in (*sent, *self._pending))
 
     def next_batch(self, now: float) -> Batch | None:
         """The frozen batch that has no answer yet, else a new one of what is pending."""
@@ -246,11 +265,10 @@ class Journal:
             return self._batch
         self._end_delta()
         self._flushed_at = now
-        events, self._pending = self._pending[:_MAX_BATCH_EVENTS], self._pending[_MAX_BATCH_EVENTS:]
+        events = self._next_events()
         ending = _KEEP
-        if self._outcome is not None and not self._pending:
-            ending = self._ending = self._outcome
-            self._outcome = None
+        if self._ending is not None and not self._pending:
+            ending = self._ending
         elif not events:
             return None
         self._batch = Batch(
@@ -265,33 +283,30 @@ class Journal:
         )
         return self._batch
 
+    def _next_events(self) -> list[tuple[str, bytes]]:
+        """The first of what is pending, as much as one batch may hold; that is taken out."""
+        count = len(self._pending)
+        if count > _MAX_BATCH_EVENTS or self.unwritten > _MAX_BATCH_BYTES:
+            count = _fitting(self._pending)
+        events, self._pending = self._pending[:count], self._pending[count:]
+        return events
+
     def on_answer(self, answer: Answer) -> bool:
         """Take in what became of the batch; returns whether more waits to be sent."""
         batch, self._batch = self._batch, None
-        ending, self._ending = self._ending, None
         assert batch is not None
         if answer.is_written:
             self._on_written(batch, answer)
         elif answer.verdict == "inbox":
-            self._on_unread(batch, ending, answer)
+            self._on_unread(batch, answer)
         elif answer.verdict == "limit":
-            self._refused = LimitExceeded(f"the job's log is over its budget of {answer.detail}")
-            self._settle_waiters(self._refused)
-            self._drop([])
-            self._free_room()
+            self._on_limit(answer)
         else:
             self.close(_closing(answer))
-        return bool(self._pending or self._outcome)
-
-    def take_back(self) -> None:
-        """The call that carried the batch was refused whole: its events are pending again."""
-        assert self._batch is not None
-        self._pending[:0] = self._batch.events
-        self._outcome = self._ending or self._outcome
-        self._batch = self._ending = None
+        return bool(self._pending or self._ending)
 
     def note(self, inbox: int, asked: str) -> None:
-        """What a renewal said of the outside."""
+        """What a renewal, or an answer, said of the outside."""
         if (inbox, asked) != (self.inbox, self.asked):
             self.inbox, self.asked = inbox, asked
             self.on_change(self)
@@ -301,9 +316,10 @@ class Journal:
         if self.closed is not None:
             return
         self.closed = error
-        self._settle_waiters(error)
-        self._batch = self._delta = None
-        self._drop([])
+        self._settle(error)
+        self._settle_finished(error)
+        self._batch = None
+        self._keep([])
         self._free_room()
         self.on_change(self)
 
@@ -317,43 +333,78 @@ class Journal:
             tracked = self._tracked.pop(position)
             if not tracked.done():
                 tracked.set_result(answer.seq - len(batch.events) + 1 + position - first)
-        ends = batch.outcome != "keep"
-        while self._waiters and (ends or self._waiters[0][0] <= self.committed):
+        while self._waiters and self._waiters[0][0] <= self.committed:
             _, waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(answer)
-        if ends:
+        if batch.outcome != "keep":
             self.closed = Fenced("the lease was given back")
+            self._settle_finished(answer)
         self._free_room()
         self.note(answer.inbox, answer.asked)
 
-    def _on_unread(self, batch: Batch, ending: _Ending | None, answer: Answer) -> None:
+    def _on_unread(self, batch: Batch, answer: Answer) -> None:
         """Something came in: who gave the outcome decides again; what else was to be written waits."""
-        kept = list(batch.events)
-        if ending is not None and ending.has_event:
+        kept = [*batch.events, *self._pending]
+        if batch.outcome != "keep" and self._ending is not None and self._ending.has_event:
             kept.pop()
         if answer.asked == "cancel":
+            self._settle(Fenced("no tool starts in a job that is to be cancelled"))
             kept = [event for event in kept if event[0] != "tool.started"]
-        self._pending[:0] = kept
-        self._emitted -= len(batch.events) - len(kept)
-        if ending is not None:
-            _, waiter = self._waiters.pop()
-            if not waiter.done():
-                waiter.set_result(answer)
+        self._keep(kept)
+        if batch.outcome != "keep":
+            self._settle_finished(answer)
         self.note(answer.inbox, answer.asked)
 
-    def _settle_waiters(self, error: Exception) -> None:
+    def _on_limit(self, answer: Answer) -> None:
+        """The job is over its budget for good: only its end is still taken."""
+        self.refused = LimitExceeded(f"the job's log is over its budget of {answer.detail}")
+        self._settle(self.refused)
+        self._settle_finished(self.refused)
+        self._keep([])
+        self._free_room()
+
+    def _settle(self, error: Exception) -> None:
+        """Tell whoever waits for a commit."""
         waiters, self._waiters = self._waiters, deque()
         tracked, self._tracked = self._tracked, {}
         for waiter in (*(w for _, w in waiters), *tracked.values()):
-            if not waiter.done():
-                waiter.set_exception(error)
-                waiter.exception()  # a job that is being stopped may never look at it
+            _fail(waiter, error)
+
+    def _settle_finished(self, outcome: Answer | Exception) -> None:
+        """Tell who gave the job's outcome what came of it; the journal is open again, unless it is closed."""
+        finished, self._finished, self._ending = self._finished, None, None
+        if finished is None or finished.done():
+            return
+        if isinstance(outcome, Exception):
+            _fail(finished, outcome)
+        else:
+            finished.set_result(outcome)
 
     def _free_room(self) -> None:
         if self._room is not None and (self.closed is not None or not self.is_full):
             self._room.set()
             self._room = None
+
+
+def _continues(delta: Delta, before: Delta) -> bool:
+    return (type(before), before.turn, before.attempt) == (type(delta), delta.turn, delta.attempt)
+
+
+def _fitting(events: list[tuple[str, bytes]]) -> int:
+    """How many of the first events fit one batch; one at least."""
+    size = 0
+    for count, (_, data) in enumerate(events[:_MAX_BATCH_EVENTS]):
+        size += len(data)
+        if size > _MAX_BATCH_BYTES and count > 0:
+            return count
+    return min(len(events), _MAX_BATCH_EVENTS)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # a job that is being stopped may never look at it
 
 
 class Committer:
@@ -379,7 +430,7 @@ class Committer:
             self._wake.set()
 
     def delta_ready(self, journal: Journal, size: int, flushed_at: float) -> None:
-        """This journal has a delta: at once after a pause or when enough gathered, else within the interval."""
+        """This journal has a delta: at once after a pause or when it is enough, else within the interval."""
         if journal.is_queued:
             return
         now = time.monotonic()
@@ -398,21 +449,27 @@ class Committer:
             self._wake.clear()
             # whoever else becomes ready in this turn of the loop goes along
             await asyncio.sleep(0)
-            journals, self._ready = self._ready, []
-            sent = self._batches(journals)
+            sent = self._batches()
             if sent:
                 fault("before_append")
                 await self._commit(sent)
                 fault("after_append")
 
-    def _batches(self, journals: list[Journal]) -> _Sent:
+    def _batches(self) -> _Sent:
+        """What the next call carries. Journals that it has no room for stay ready."""
+        journals, self._ready = self._ready, []
         sent: _Sent = []
-        now = time.monotonic()
-        for journal in journals:
+        size, now = 0, time.monotonic()
+        for index, journal in enumerate(journals):
+            if size > _MAX_CALL_BYTES:
+                self._ready = journals[index:]
+                self._wake.set()
+                break
             journal.is_queued = False
-            batch = None if journal.closed else journal.next_batch(now)
+            batch = None if journal.closed or journal.is_resting else journal.next_batch(now)
             if batch is not None:
                 sent.append((journal, batch))
+                size += min(journal.unwritten, _MAX_BATCH_BYTES)
         return sent
 
     def _release_delayed(self) -> None:
@@ -432,9 +489,12 @@ class Committer:
             try:
                 await self._send(sent)
                 break
-            except StoreUnavailable:
+            except StreamjobsError as error:
                 failures += 1
-                await self._back_off("commit.store_unavailable", failures)
+                if failures >= _TRIES_TOGETHER and not isinstance(error, StoreUnavailable):
+                    await self._isolate(sent, error)
+                    break
+                await self._back_off(error, failures)
                 sent = [(journal, batch) for journal, batch in sent if journal.closed is None]
         metrics.COMMIT_SECONDS.observe(time.monotonic() - started)
 
@@ -447,15 +507,32 @@ class Committer:
         if must:
             answers = await self._work.append(self._partition, [batch for _, batch in must], always=True)
             self._take_in(must, answers)
-        self._try_later([journal for journal, _ in sent if journal not in {one for one, _ in must}])
+        written = {journal for journal, _ in must}
+        self._rest([journal for journal, _ in sent if journal not in written])
 
-    def _try_later(self, journals: list[Journal]) -> None:
-        """Redis is full: these wait, so that others can end and free memory."""
-        log.warning("commit.store_full", jobs=len(journals))
+    def _rest(self, journals: list[Journal]) -> None:
+        """Redis is full: these wait, their batches frozen, so that others can end and free memory."""
+        if journals:
+            log.warning("commit.store_full", jobs=len(journals))
         for journal in journals:
-            if journal.closed is None:
-                journal.take_back()
-                self.loop.call_later(random.uniform(0.5, 1.0), self.ready, journal)
+            if not journal.is_resting:
+                journal.is_resting = True
+                self.loop.call_later(random.uniform(0.5, 1.0), self._wake_up, journal)
+
+    def _wake_up(self, journal: Journal) -> None:
+        journal.is_resting = False
+        self.ready(journal)
+
+    async def _isolate(self, sent: _Sent, error: StreamjobsError) -> None:
+        """One of these makes Redis refuse all: whoever is refused alone too loses its lease, not the rest."""
+        log.error("commit.refused_whole", jobs=len(sent), error=str(error))
+        for journal, batch in sent:
+            try:
+                if journal.closed is None:
+                    await self._send([(journal, batch)])
+            except StreamjobsError as alone:
+                log.error("commit.refused_alone", job_id=journal.lease.job_id, error=str(alone))
+                journal.close(Fenced("Redis refuses what this job writes"))
 
     def _take_in(self, sent: _Sent, answers: list[Answer]) -> None:
         metrics.COMMIT_BATCHES.observe(len(sent))
@@ -463,9 +540,9 @@ class Committer:
             if journal.closed is None and journal.on_answer(answer):
                 self.ready(journal)
 
-    async def _back_off(self, event: str, failures: int) -> None:
+    async def _back_off(self, error: StreamjobsError, failures: int) -> None:
         if failures == 1:
-            log.warning(event, partition=self._partition)
+            log.warning("commit.failed", partition=self._partition, error=str(error))
         await asyncio.sleep(min(_BACKOFF_CAP, 0.05 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0))
 
 

@@ -264,6 +264,11 @@ def abandoned_calls() -> int:
     return _threads.hanging + len(_abandoned_tasks)
 
 
+def abandoned_tasks() -> frozenset[asyncio.Task[ToolOutcome]]:
+    """The async calls among them."""
+    return frozenset(_abandoned_tasks)
+
+
 # --- outcomes ----------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 Rule 1: it is stateless: whatever it knows can be lost at any instant.
 Rule 2: every loop survives Redis being away, without a hot loop.
-Rule 3: SIGTERM drains: stop taking, let end what ends within the grace, hand back the rest.
+Rule 3: SIGTERM drains: stop taking, let end what ends within the grace, hand back the rest. It ends within
+a bound also when Redis is away or a job's code ignores its cancellation.
+Rule 4: a loop that fails ends the worker: one that renews leases and writes nothing is worse than none.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 import structlog
 
 from streamjobs import metrics
 from streamjobs.app import App
-from streamjobs.errors import StoreUnavailable, StreamjobsError
+from streamjobs.errors import StreamjobsError
 from streamjobs.llm import Providers
 from streamjobs.store import Lease, Renewal, Store, Taken, WorkerInfo, jitter
 from streamjobs.store.keys import partition_of_job
@@ -29,12 +31,19 @@ from streamjobs.worker.context import Clock
 from streamjobs.worker.execution import Execution, Services
 from streamjobs.worker.leases import LeaseKeeper, LeaseKey
 from streamjobs.worker.recorder import Committer
+from streamjobs.worker.tools import abandoned_tasks
 
 log = structlog.get_logger(__name__)
 
 _FAILURE_CAP = 2.0
 _ENOUGH_ROOM = 8
-"""A busy worker takes again when an eighth of its slots is free: fewer, fuller takes."""
+_GATHER = 0.02
+"""A busy worker takes again when an eighth of its slots is free, or this much later: fewer, fuller takes."""
+
+_HAND_BACK = 5.0
+"""Seconds for the last appends of a drain, beyond what code has to end."""
+
+_STOP_TIMEOUT = 3.0
 
 
 def new_worker_id() -> str:
@@ -55,6 +64,7 @@ class Worker:
         self._clock = Clock(lambda: time.monotonic_ns() // 1_000_000)
         self._executions: dict[LeaseKey, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._left_behind: set[asyncio.Task[Any]] = set()
         self._numbers = dict.fromkeys(store.partitions, 1)
         self._rotation = 0
         self._slot_freed = asyncio.Event()
@@ -73,22 +83,38 @@ class Worker:
         self._slot_freed.set()
 
     async def run(self) -> None:
-        """Work until drained. Cancelling drops everything at once, as kill -9 does."""
+        """Work until drained. Cancelling drops everything at once, as kill -9 does.
+
+        Raises `StoreUnavailable` where Redis cannot be reached at the start.
+        """
         self._clock.set(await self._store.now_ms())
         self._started_ms = self._clock.now_ms()
         providers = Providers(self._settings)
         committers = {p: Committer(self._store.work, p, self._settings) for p in self._store.partitions}
         services = Services(
-            self._store, self._app, self._settings, providers, self._clock, committers, self._draining.is_set
+            self._store,
+            self._app,
+            self._settings,
+            providers,
+            self._clock,
+            committers,
+            self._draining.is_set,
+            self._left_behind,
         )
         keeper = LeaseKeeper(self._settings, self._on_renewals, plain=self._store.is_plain)
-        loops = [self._start(loop, name) for name, loop in self._loops(committers)]
+        loops = [asyncio.create_task(loop, name=name) for name, loop in self._loops(committers)]
         keeper.start()
+        work = asyncio.create_task(self._work(services, keeper), name="take")
         try:
-            await self._take_until_drained(services, keeper)
-            await self._finish_running()
+            done, _ = await asyncio.wait({work, *loops}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            await self._stop_everything(loops, keeper, providers)
+            await self._stop_everything({work, *loops}, keeper, providers)
+
+    async def _work(self, services: Services, keeper: LeaseKeeper) -> None:
+        await self._take_until_drained(services, keeper)
+        await self._finish_running()
 
     def _loops(self, committers: dict[int, Committer]) -> list[tuple[str, Coroutine[Any, Any, None]]]:
         return [
@@ -98,19 +124,18 @@ class Worker:
             ("inbox", self._hear_of_inboxes()),
         ]
 
-    def _start(self, loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        return asyncio.create_task(loop, name=name)
-
     async def _stop_everything(
-        self, loops: list[asyncio.Task[None]], keeper: LeaseKeeper, providers: Providers
+        self, loops: set[asyncio.Task[None]], keeper: LeaseKeeper, providers: Providers
     ) -> None:
-        for task in (*self._tasks, *loops):
+        tasks = {*self._tasks, *loops}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *loops, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=_STOP_TIMEOUT)
         await keeper.aclose()
         await providers.aclose()
         with contextlib.suppress(StreamjobsError):
             await self._store.workers.leave(self.id)
+        disown(self._left_behind | abandoned_tasks())
 
     # --- taking
 
@@ -135,14 +160,24 @@ class Worker:
                 )
 
     async def _room(self) -> None:
-        """Wait for free slots: some, or an eighth when busy."""
-        enough = max(1, self._settings.concurrency // _ENOUGH_ROOM)
+        """Wait for a free slot, and when busy a moment longer for more of them."""
+        if self._settings.concurrency - self.running >= self._enough():
+            return
+        await self._free_slots(1)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GATHER):
+                await self._free_slots(self._enough())
+
+    def _enough(self) -> int:
+        return max(1, self._settings.concurrency // _ENOUGH_ROOM)
+
+    async def _free_slots(self, enough: int) -> None:
         while self._settings.concurrency - self.running < enough and not self._draining.is_set():
             self._slot_freed.clear()
             await self._slot_freed.wait()
 
     async def _take_everywhere(self, services: Services, keeper: LeaseKeeper) -> dict[str, str]:
-        """Take from each partition in turn; returns where the streams end, nothing while there may be more."""
+        """Take from each partition in turn; returns where the streams end, nothing if there may be more."""
         partitions = list(self._store.partitions)
         self._rotation = (self._rotation + 1) % len(partitions)
         ends: dict[str, str] = {}
@@ -218,7 +253,11 @@ class Worker:
         for execution in list(self._executions.values()):
             execution.stop("yield")
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._settings.lease)
+            _, left = await asyncio.wait(
+                self._tasks, timeout=min(self._settings.cancel_timeout, self._settings.lease) + _HAND_BACK
+            )
+            if left:
+                log.error("worker.not_handed_back", jobs=len(left))
 
     # --- leases and news from outside
 
@@ -254,13 +293,13 @@ class Worker:
         await asyncio.get_running_loop().create_future()
 
     async def _ask(self, key: LeaseKey) -> None:
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StreamjobsError):
             now_ms, renewals = await self._store.work.renew(partition_of_job(key[0]), [key])
             self._on_renewals(now_ms, [(key, renewals[0])])
 
     async def _beat(self) -> None:
         while True:
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StreamjobsError):
                 await self._store.workers.beat(self._info())
             await asyncio.sleep(jitter(self._settings.worker_ttl / 4))
 
@@ -277,3 +316,10 @@ class Worker:
             heartbeat_ms=self._clock.now_ms(),
             draining=self._draining.is_set(),
         )
+
+
+def disown(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Make the event loop forget tasks that ignore their cancellation: `asyncio.run` would wait for them."""
+    for task in tasks:
+        if not task.done():
+            asyncio.tasks._unregister_task(task)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue]

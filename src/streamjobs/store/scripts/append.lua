@@ -2,7 +2,7 @@
 -- ARGV 2 n, then per row 8 + 2e: job, epoch, batch, inbox seen, outcome, delay, timers, e, then e times type, event
 --   batch: 1, 2, … within the lease; a refused one is not used up
 --   outcome: keep | completed | failed (the last event is the terminal one) | cancelled (the script writes the event)
---            | retry (scheduled; after delay ms) | sleep (scheduled) | wait (waiting) | yield (queued again at once)
+--            | retry (scheduled; after delay ms) | sleep (scheduled, by a timer it must have) | wait (waiting) | yield (queued again at once)
 --   timers: {key: delay ms, …} as JSON, set unless known already; or ''
 -- After a cancel was asked for no tool starts: a row with tool.started is then answered as unread inbox.
 -- row: {"ok"|"dup", seq, inbox, asked} | {"fenced"} | {"gap", expected} | {"conflict"} | {"inbox", n, asked}

@@ -1,0 +1,100 @@
+"""Programs for a duel that reach what random ones seldom do: each end, limit and race by its name."""
+
+from __future__ import annotations
+
+from tests.contract.callers import LEASE
+from tests.contract.commands import (
+    Advance,
+    Again,
+    Append,
+    Ask,
+    Cancel,
+    Command,
+    Idle,
+    Renew,
+    Row,
+    Submission,
+    Submit,
+    Take,
+    Wake,
+)
+
+ONE = Submit((Submission(),))
+
+FINISH = Append((Row(outcome="completed"),))
+WAIT = Append((Row(outcome="wait"),))
+
+STORIES: dict[str, list[Command]] = {
+    "poisoned": [ONE, *[Take(), Append((Row(events=("delta",)),)), Idle(3)] * 4],
+    "pause and cancel of a job whose worker dies": [
+        Submit((Submission(slot=1), Submission(slot=2))), Take(), Ask("pause", 1), Cancel(2), Idle(2),
+        Ask("resume", 1),
+    ],
+    "events over the limit": [
+        ONE, Take(), *[Append((Row(events=("note",) * 9),))] * 5,
+        Append((Row(events=("note",) * 2),)), FINISH,
+    ],
+    "bytes over the limit": [
+        ONE, Take(), *[Append((Row(events=("long",) * 7),))] * 5, Append((Row(outcome="failed"),)),
+    ],
+    "signals over the limit": [ONE, *[Ask("signal", 0, key) for key in range(42)]],
+    "a child wakes its parent": [
+        ONE, Take(), Submit((Submission(slot=1, parent=0),)), WAIT, Take(), FINISH, Again(), Take(), FINISH,
+        Again(), Submit((Submission(slot=2, parent=0), Submission(slot=3, parent=9))),
+    ],
+    "cancelled with its family": [
+        ONE, Submit((Submission(slot=1, parent=0), Submission(slot=2, owner=1, parent=1))), Take(wanted=1),
+        Cancel(0), Again(), Renew(), Append((Row(unread=1, outcome="yield"),)),
+        Append((Row(outcome="yield"),)), Cancel(0), Cancel(7),
+    ],
+    "paused, resumed, asked again": [
+        ONE, Ask("pause", 0), Again(), Ask("pause", 0, 1), Ask("resume", 0), Again(), Take(),
+        Ask("pause", 0, 2), Ask("pause", 0, 3), Ask("resume", 0, 1),
+        Ask("resume", 0, 2), Ask("pause", 5), Ask("resume", 5),
+    ],
+    "paused while an attempt fails": [
+        ONE, Take(), Ask("pause", 0), Append((Row(outcome="retry", delay=2_000),)),
+    ],
+    "a timer during a back-off": [
+        ONE, Take(), Append((Row(outcome="retry", delay=30_000, timers="soon"),)), Advance(20_000), Wake(),
+        Advance(20_000), Wake(),
+    ],
+    "signalled": [
+        ONE, Take(), WAIT, Ask("signal", 0), Again(), Take(), FINISH, Ask("signal", 0, 1), Ask("signal", 5),
+    ],
+    "batches out of order": [
+        ONE, Take(),
+        Append((Row(events=("step",)), Row(sent=True), Row(number=1), Row(number=-1))),
+        Append((Row(events=("completed",)),)),
+        Append((Row(outcome="retry"),)), Append((Row(stale=True),)), Renew(stale=True),
+    ],
+    "asleep without a timer": [
+        ONE, Take(), Append((Row(outcome="sleep"), Row(outcome="sleep", timers="none"))),
+    ],
+    "a key that is taken does not stop others": [
+        Submit((Submission(ckey=1), Submission(slot=1), Submission(slot=2, ckey=1), Submission(slot=3))),
+        Take(), Append((Row(lease=1, outcome="wait"),)), Take(), Wake(), Take(),
+    ],
+    "held, released, late": [
+        Submit(tuple(Submission(slot=i, start_timeout=70_000, timeout=15_000) for i in range(4))), Take(),
+        Take(again=True), FINISH, Idle(1), Take(), Idle(3),
+    ],
+    "the same submission": [
+        Submit((Submission(idem=1), Submission(slot=1, idem=1), Submission(slot=2, idem=1, body=1))), Again(),
+    ],
+    "more due than one sweep works on": [
+        Submit((Submission(delay=3_000), Submission(slot=1, delay=3_000))), Advance(4_000), Wake(1), Wake(1),
+    ],
+    "clock back by an hour": [
+        ONE, Take(), Append((Row(timers="late"),)), Wake(), Advance(-3_600_000), Wake(),
+        *[Advance(LEASE // 3), Wake()] * 4,
+    ],
+    "no tool starts after a cancel": [
+        ONE, Take(), Append((Row(events=("call",)),)), Cancel(0),
+        Append((Row(events=("tool", "call")), Row(sent=True))),
+    ],
+    "cancelled while the clock steps back": [
+        ONE, Take(), Cancel(0), Advance(-3_600_000), Append((Row(outcome="yield"),)),
+    ],
+    "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
+}  # fmt: skip

@@ -1,0 +1,123 @@
+"""Scripts broken on purpose: the model must notice each, or its agreement means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.conftest import RedisProcess
+from tests.contract.callers import Ear, Mutation, ScriptCaller
+from tests.contract.commands import Command
+from tests.contract.duel import Difference, Duel
+from tests.contract.programs import random_program
+from tests.contract.stories import STORIES
+
+PROGRAMS = 60
+LENGTH = 120
+
+APPEND = "append always"
+
+MUTATIONS: dict[str, Mutation] = {
+    "an approval is lost between 'I wait' and 'here it is'": Mutation(
+        APPEND, "if PARKS[row.outcome] and row.seen ~= number(job, 'inbox') then", "if false then"
+    ),
+    "a batch that is sent twice is written twice": Mutation(
+        APPEND, "if row.batch < expected then return { 'conflict' } end", ""
+    ),
+    "a resend is not recognised": Mutation(APPEND, "if print == fingerprint(row) then", "if false then"),
+    "a worker that lost its lease writes on": Mutation(
+        APPEND, "if job.h.lease ~= row.epoch then return { 'fenced' } end", ""
+    ),
+    "a tool starts after a cancel": Mutation(
+        APPEND, "if job.h.cancel and starts_tool(row) then", "if false then"
+    ),
+    "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
+    "a terminal event is over the budget": Mutation(
+        APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"
+    ),
+    "a job that ended keeps its owner's place": Mutation(
+        "common", "redis.call('SREM', PREFIX .. 'running:' .. h.owner, job.id)", ""
+    ),
+    "the log of an ended job never expires": Mutation(
+        "common", "redis.call('PEXPIREAT', job.key .. ':events', expiry)", ""
+    ),
+    "an idempotency record goes with the job": Mutation(
+        "common", "math.max(expiry, number(job, 'created') + OPT.idempotency)", "expiry"
+    ),
+    "tickets are counted up only": Mutation("common", "count_ticket(job, -1)", ""),
+    "timers stay armed": Mutation("common", "if due == nil then gathered.disarmed[job.id] = true end", ""),
+    "a timer is not armed when a job parks": Mutation(
+        APPEND, "if row.outcome ~= 'keep' or row.timers ~= '' then arm(job) end", ""
+    ),
+    "a timer that is set again starts over": Mutation("common", "if timers[key] == nil then", "if true then"),
+    "one job whose key is taken holds up all behind it": Mutation(
+        "common", "elseif reason == job.h.held then", "elseif reason then"
+    ),
+    "a concurrency key is never given back": Mutation(
+        "common",
+        "== job.id then redis.call('DEL', PREFIX .. 'ckey:' .. ckey) end",
+        "== job.id then return end",
+    ),
+    "a place that is free is offered to nobody": Mutation(
+        "common", "if job.left_running or ckey then offer(", "if false then offer("
+    ),
+    "a child's end does not wake its parent": Mutation(
+        "common", "if parent.h.status == 'waiting' then", "if false then"
+    ),
+    "grandchildren are not cancelled": Mutation("cancel", "below[#below + 1] = child", ""),
+    "a signal is delivered twice": Mutation("signal", "redis.call('SADD', job.key .. ':seen', key)", ""),
+    "another body under the same key is taken for the same": Mutation(
+        "submit", "if digest ~= body then", "if false then"
+    ),
+    "a job that has ended gets children": Mutation(
+        "submit", "if not family or status then", "if not family then"
+    ),
+    "a ticket of a cancelled job starts it": Mutation(
+        "take", "if not job or job.h.status ~= 'queued' or job.h.ticket ~= ticket then", "if not job then"
+    ),
+    "an epoch comes back when the clock steps back": Mutation(
+        "take", "math.max(number(job, 'epoch') + 1, NOW)", "NOW"
+    ),
+    "the owner limit holds for submissions only": Mutation(
+        "take", "local reason = obstacle(job)", "local reason"
+    ),
+    "a resent take leases other jobs": Mutation("take", "if #jobs > 0 then file(jobs) end", ""),
+    "low priority starves": Mutation("take", "local slot, turn = NUMBER % total,", "local slot, turn = 0,"),
+    "jobs that do nothing wrong are called poison": Mutation(
+        "wake", "(number(job, 'batch') > 0 and 1 or 0)", "1"
+    ),
+    "an outage is every worker's death": Mutation("wake", "grace = NOW + OPT.lease", "grace = 0"),
+    "a clock that stepped back freezes jobs": Mutation(
+        "wake", "NOW + 2 * OPT.lease", "NOW + 200 * OPT.lease"
+    ),
+    "a cancelled job is queued when its worker dies": Mutation(
+        "wake", "if parked_by_wish(job, bystander(job)) then", "if false then"
+    ),
+    "a due timer stays due": Mutation("wake", "timers[key] = nil", ""),
+}
+
+
+@pytest.fixture
+def ear(redis: RedisProcess) -> Iterator[Ear]:
+    with redis.client() as client:
+        ear = Ear(client)
+        yield ear
+        ear.close()
+        client.flushdb()
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_model_notices(name: str, ear: Ear) -> None:
+    """Without it, the model could agree with anything, and nobody would know."""
+    call = ScriptCaller(ear.client, mutation=MUTATIONS[name])
+    programs = [random_program(f"mutation-{number}", LENGTH) for number in range(PROGRAMS)]
+    assert any(is_noticed(program, call, ear) for program in (*STORIES.values(), *programs))
+
+
+def is_noticed(program: Sequence[Command], call: ScriptCaller, ear: Ear) -> bool:
+    try:
+        Duel(call, ear).run(program)
+    except Difference:
+        return True
+    return False

@@ -1,0 +1,105 @@
+"""The program that the fault tests run in worker processes: its tools write each effect to a file.
+
+One line an effect: tool, idempotency key, job. The file is named by EFFECTS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from streamjobs.app import App, ToolContext
+
+app = App(name="faults", builtin_tools=False)
+
+
+class Effect(NamedTuple):
+    """One line of the file."""
+
+    tool: str
+    key: str
+    job: str
+
+
+def _take_effect(tool: str, ctx: ToolContext) -> None:
+    file = os.open(os.environ["EFFECTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{tool} {ctx.idempotency_key} {ctx.job_id}\n".encode())
+    finally:
+        os.close(file)
+
+
+def read_effects(path: Path) -> list[Effect]:
+    """Every effect so far."""
+    return [Effect(*line.split()) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def once_at_most_once(path: Path) -> None:
+    """No `once` tool took effect twice, and whatever ran again did so under the same key."""
+    effects = read_effects(path)
+    once = Counter(effect.key for effect in effects if effect.tool == "once")
+    assert not [key for key, n in once.items() if n > 1], once
+    keys = Counter((tool, job) for tool, _, job in {(e.tool, e.key, e.job) for e in effects})
+    assert not keys or max(keys.values()) == 1, keys
+
+
+@app.tool(effect="pure")
+async def pure(ctx: ToolContext) -> str:
+    """Answer."""
+    _take_effect("pure", ctx)
+    return "pure answer"
+
+
+@app.tool(effect="idempotent")
+async def idempotent(ctx: ToolContext) -> str:
+    """Write."""
+    _take_effect("idempotent", ctx)
+    return "idempotent answer"
+
+
+@app.tool(effect="once")
+def once(ctx: ToolContext) -> str:
+    """Pay."""
+    _take_effect("once", ctx)
+    return "once answer"
+
+
+@app.tool(effect="idempotent", timeout=60.0)
+async def slow(ctx: ToolContext, seconds: float) -> str:
+    """Take a while."""
+    _take_effect("slow", ctx)
+    await asyncio.sleep(seconds)
+    return "slow answer"
+
+
+@app.tool(effect="once", timeout=60.0)
+async def blocking(ctx: ToolContext, seconds: float) -> str:
+    """Hold up the whole event loop, as broken tools do."""
+    _take_effect("blocking", ctx)
+    time.sleep(seconds)
+    return "blocking answer"
+
+
+@app.workflow("steps")
+async def steps(ctx: Any, count: int = 5) -> int:
+    """Say something, many times, slowly enough to be killed in between."""
+    for number in range(count):
+        ctx.progress(100 * number / count, f"step {number}")
+        await ctx.journal.commit()
+        await asyncio.sleep(0.05)
+    return count
+
+
+@app.workflow("stubborn")
+async def stubborn(ctx: Any) -> None:
+    """Ignore every cancellation."""
+    ctx.progress(1)
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
