@@ -22,6 +22,7 @@ from streamjobs.events import TERMINAL, encode_json
 from streamjobs.job import Fold, JobView
 from streamjobs.store import Store, Submission
 from streamjobs.store.doctor import Doctor, Report
+from streamjobs.store.sweeper import Sweeper
 from streamjobs.testing import Scenario, ScriptedProvider, Turn
 from streamjobs.worker.worker import Worker
 from tests.conftest import fast_settings, wait_until
@@ -133,6 +134,18 @@ async def working(store: Store, app: App | None = None, **options: Any) -> Async
     task = asyncio.create_task(worker.run(), name="worker under test")
     try:
         yield worker
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@contextlib.asynccontextmanager
+async def sweeping(store: Store) -> AsyncIterator[None]:
+    """Sweep, as every role does, so that expired leases are seen while no worker is there."""
+    task = asyncio.create_task(Sweeper(store).run(), name="sweeper under test")
+    try:
+        yield
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

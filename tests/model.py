@@ -479,7 +479,7 @@ class Model:
         filed = self.filed.get(worker)
         if filed and filed.number == number:
             held = [self.jobs[job_id] for job_id, epoch in filed.leases if self.holds(job_id, epoch)]
-            return [self.now, [self.described(job) for job in held], [], []]
+            return [self.now, [self.described(job, first_time=False) for job in held], [], []]
         streams = [
             (queues[(number + i) % len(queues)], priority)
             for priority in self.classes_in_turn(number, weights)
@@ -492,7 +492,7 @@ class Model:
             leases = [(job.id, job.epoch) for job in taken]
             self.filed[worker] = Filed(number, leases, self.now + self.limits.lease)
         ends = [f"work:{queue}:{priority}" for queue, priority in streams] if len(taken) < wanted else []
-        return [self.now, [self.described(job) for job in taken], ends, []]
+        return [self.now, [self.described(job, first_time=True) for job in taken], ends, []]
 
     @staticmethod
     def classes_in_turn(number: int, weights: Sequence[int]) -> list[str]:
@@ -529,10 +529,12 @@ class Model:
             job.deadline = self.now + job.timeout
         self.announce(job)
 
-    def described(self, job: Job) -> list[Any]:
+    def described(self, job: Job, *, first_time: bool) -> list[Any]:
+        """A lease as a worker is told of it; job.queued comes along where it is short and all there is."""
         left = -1 if job.deadline is None else max(0, job.deadline - self.now)
-        is_fresh = job.seq <= 2 and job.size <= self.limits.inline_bytes
-        queued = job.log[0].content if is_fresh else b""
+        content = job.log[0].content
+        is_fresh = first_time and job.seq == 2 and len(content) <= self.limits.inline_bytes
+        queued = content if is_fresh else b""
         head = [job.id, job.epoch, job.seq, job.attempt, job.inbox, job.crashes, left]
         return [*head, job.kind, job.owner, job.queue, queued]
 

@@ -55,7 +55,8 @@ def pairs(flat: list[bytes]) -> dict[str, str]:
 
 
 VALUES: dict[bytes, Any] = {
-    b"hash": pairs,
+    # a field that is gone is stored empty
+    b"hash": lambda flat: {name: value for name, value in pairs(flat).items() if value},
     b"string": bytes.decode,
     b"set": lambda members: {member.decode() for member in members},
     b"zset": lambda flat: {member: int(float(score)) for member, score in pairs(flat).items()},
@@ -150,11 +151,22 @@ def tally(names: Any) -> dict[str, str]:
 # --- what was found, in the same form --------------------------------------------------------------------
 
 ENTRY_FORMS: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(r"job:[^:]+:events"), lambda entry_id, e: (entry_id, e["t"], e["d"])),
-    (re.compile(r"work:.*"), lambda _, e: e["j"]),
-    (re.compile(r"feed"), lambda _, e: (e["j"], int(e["s"]), e["t"])),
-    (re.compile(r"owner:.*:events"), lambda _, e: (e["j"], e["i"], e["t"], e["d"])),
+    (re.compile(r"job:[^:]+:events"), lambda entry_id, e: [(entry_id, e["t"], e["d"])]),
+    (re.compile(r"work:.*"), lambda _, e: [e["j"]]),
+    (re.compile(r"feed"), lambda _, e: [note(line) for line in e["n"].split("\n")]),
+    (re.compile(r"owner:.*:events"), lambda _, e: [fact(line) for line in e["e"].split("\n")]),
 ]
+"""Name of a stream -> what one of its entries says; the feeds' hold a line for each event."""
+
+
+def note(line: str) -> tuple[str, int, str]:
+    job_id, seq, kind = line.split(" ")
+    return job_id, int(seq), kind
+
+
+def fact(line: str) -> tuple[str, str, str, str]:
+    job_id, event_id, kind, *content = line.split(" ", 3)
+    return job_id, event_id, kind, content[0] if content else ""
 
 
 def comparable(state: dict[str, Found]) -> dict[str, Found]:
@@ -168,7 +180,7 @@ def comparable(state: dict[str, Found]) -> dict[str, Found]:
 def meaning(name: str, value: Any) -> Any:
     if isinstance(value, list):
         form = next(form for pattern, form in ENTRY_FORMS if pattern.fullmatch(name))
-        return [form(entry_id, fields) for entry_id, fields in value]
+        return [said for entry_id, fields in value for said in form(entry_id, fields)]
     if name == "counts":
         return {field: count for field, count in value.items() if count != "0"}
     if re.fullmatch("job:[^:]+", name):

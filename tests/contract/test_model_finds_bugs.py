@@ -36,9 +36,7 @@ MUTATIONS: dict[str, Mutation] = {
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"
     ),
-    "a job that ended keeps its owner's place": Mutation(
-        "common", "redis.call('SREM', PREFIX .. 'running:' .. h.owner, job.id)", ""
-    ),
+    "a job that ended keeps its owner's place": Mutation("common", "left[#left + 1] = job.id", ""),
     "the log of an ended job never expires": Mutation(
         "common", "redis.call('PEXPIREAT', job.key .. ':events', expiry)", ""
     ),

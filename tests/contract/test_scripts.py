@@ -18,7 +18,7 @@ from streamjobs.store.scripts import Limits, flatten
 from tests.conftest import RedisProcess
 from tests.contract.callers import Ear, ScriptCaller, plain, submit_row
 from tests.contract.commands import SLOT_IDS
-from tests.contract.keyspace import PREFIX, check_invariants, found
+from tests.contract.keyspace import PREFIX, check_invariants, fact, found, note
 from tests.model import NewJob, wire
 
 LIMITS = Limits.of(Settings())
@@ -33,6 +33,11 @@ class Partition:
         self.client = client
         self.call = ScriptCaller(client, limits)
         self.number = 0
+
+    def notes(self) -> list[tuple[str, int, str]]:
+        """What projections are told: job, seq, type."""
+        entries: Any = self.client.xrange(f"{PREFIX}feed")
+        return [note(line) for _, entry in entries for line in entry[b"n"].decode().split("\n")]
 
     def submit(self, *jobs: NewJob) -> list[Any]:
         return plain(self.call("submit", len(jobs), *flatten(submit_row(job) for job in jobs)))
@@ -445,17 +450,12 @@ def test_projections_hear_of_facts_and_of_every_4_kb_of_text(partition: Partitio
     """Without it, projections read a job again for each token, or miss that a long answer grows."""
     partition.submit(NewJob(A))
     (lease,) = partition.take()
-    before = partition.client.xlen(f"{PREFIX}feed")
+    before = len(partition.notes())
     for number in range(1, 10):
         partition.append(Batch(*lease, number, [delta("x" * 1000)]))
-    notes: Any = partition.client.xrange(f"{PREFIX}feed")
-    assert [(e[b"j"].decode(), int(e[b"s"]), e[b"t"]) for _, e in notes[before:]] == [
-        (A, 6, b"text.delta"),
-        (A, 10, b"text.delta"),
-    ]
+    assert partition.notes()[before:] == [(A, 6, "text.delta"), (A, 10, "text.delta")]
     partition.append(Batch(*lease, 10, [("x.note", b'{"ts":1}'), delta("y")]))
-    notes = partition.client.xrange(f"{PREFIX}feed")
-    assert notes[-1][1][b"t"] == b"x.note"
+    assert partition.notes()[-1][2] == "x.note"
 
 
 def test_an_owner_sees_lifecycle_and_progress_of_all_jobs(partition: Partition) -> None:
@@ -468,16 +468,17 @@ def test_an_owner_sees_lifecycle_and_progress_of_all_jobs(partition: Partition) 
     partition.append(Batch(*leases[1], 1, [("job.progress", long)]))
     key = f"{PREFIX}owner:ann:events"
     entries: Any = partition.client.xrange(key)
-    assert [(e[b"j"].decode(), e[b"i"].partition(b"-")[0], e[b"t"].decode()) for _, e in entries] == [
-        (A, b"1", "job.queued"),
-        (B, b"1", "job.queued"),
-        (A, b"2", "job.started"),
-        (B, b"2", "job.started"),
-        (A, b"6", "job.progress"),
-        (B, b"3", "job.progress"),
+    facts = [fact(line.decode()) for _, entry in entries for line in entry[b"e"].split(b"\n")]
+    assert [(job, event_id.partition("-")[0], kind) for job, event_id, kind, _ in facts] == [
+        (A, "1", "job.queued"),
+        (B, "1", "job.queued"),
+        (A, "2", "job.started"),
+        (B, "2", "job.started"),
+        (A, "6", "job.progress"),
+        (B, "3", "job.progress"),
     ]
-    assert json.loads(entries[-2][1][b"d"])["percent"] == 5
-    assert entries[-1][1][b"d"] == b"", "too long for the feed: read it from the job"
+    assert json.loads(facts[-2][3])["percent"] == 5
+    assert facts[-1][3] == "", "too long for the feed: read it from the job"
     ttl: Any = partition.client.pttl(key)
     assert LIMITS.owner_feed_ttl - 60_000 < ttl <= LIMITS.owner_feed_ttl
 

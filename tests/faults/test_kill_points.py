@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -11,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from streamjobs.faults import POINTS
-from streamjobs.store.sweeper import Sweeper
 from streamjobs.testing import Scenario, ScriptedCall, Turn
 from tests.conftest import RedisProcess
 from tests.faults.app import once_at_most_once, read_effects
-from tests.harness import Lab, Logged, lab, one_end, one_outcome_each, worker_process
+from tests.harness import Lab, Logged, lab, one_end, one_outcome_each, sweeping, worker_process
 
 TEXTS = ("I look at it first. ", "Now I pay for it. ", "It is paid, and all is well.")
 SCENARIO = Scenario(
@@ -38,9 +36,8 @@ LATER = ["mid_turn:3", "after_turn_started:3", "before_append:4", "after_append:
 @pytest.fixture
 async def bench(redis: RedisProcess) -> AsyncIterator[Lab]:
     async with lab(redis.url, SCENARIO, lease=LEASE) as opened:
-        sweeping = asyncio.create_task(Sweeper(opened.store).run())
-        yield opened
-        sweeping.cancel()
+        async with sweeping(opened.store):
+            yield opened
 
 
 @pytest.mark.parametrize("point", [*POINTS, *ONCE, *LATER])

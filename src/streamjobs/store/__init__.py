@@ -14,7 +14,7 @@ from streamjobs.store.connect import blocking_client, rw_client, subscriber_clie
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
-from streamjobs.store.scripts import Limits, Scripts, text, translated
+from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -69,11 +69,10 @@ class Store:
         """
         client: Any = rw_client(settings)
         try:
-            with translated():
-                info: dict[str, Any] = await client.info("server")
-            store = cls(settings, client, plain="fakeredis" in str(info.get("redis_build_id", "")))
+            store = cls(settings, client, plain=await is_plain(client))
             await store._check_meta()
-            await store._check_eviction()
+            if not store.is_plain:
+                await store._check_eviction()
         except BaseException:
             await client.aclose()
             raise

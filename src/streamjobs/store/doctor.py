@@ -314,7 +314,7 @@ def check_expiry(head: Head) -> list[tuple[str, str]]:
 
 def _head(job_id: str, raw: list[Any]) -> Head:
     flat = [text(value) for value in raw[0]]
-    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    fields = {name: value for name, value in zip(flat[::2], flat[1::2], strict=True) if value}
     first, last, lease, timer = (text(value) for value in raw[2:6])
     return Head(
         job_id,

@@ -171,7 +171,7 @@ class Jobs:
         if head[0] is None:
             raise JobNotFound("no such job")
         status, owner, kind, queue, last = (text(value) for value in head[:5])
-        return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), head[5] is not None)
+        return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), bool(head[5]))
 
     async def cancel(self, job_id: str, *, by: str = "", reason: str = "") -> str:
         """Ask for a job's end; its children's too.

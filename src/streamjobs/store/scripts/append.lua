@@ -111,7 +111,8 @@ local function append(at)
   local terminal = row.events[#row.events]
   write(job, row)
   -- what a resend is told: nothing of the job comes after its end, else this batch's own last event
-  put(job, 'commit', fingerprint(row) .. ' ' .. (number(job, 'seq') + (ENDS[row.outcome] and 1 or 0)))
+  local seq = number(job, 'seq') + (ENDS[row.outcome] and 1 or 0)
+  put(job, 'commit', fingerprint(row) .. ' ' .. seq)
   if row.outcome == 'cancelled' then
     finish_cancelled(job, row.epoch)
   elseif ENDS[row.outcome] then
@@ -119,7 +120,6 @@ local function append(at)
   elseif not (PARKS[row.outcome] and parked_by_wish(job, row.epoch)) then
     move[row.outcome](job, row)
   end
-  local seq = tonumber(string.match(job.h.commit, '(%d+)$'))
   if not ENDED[job.h.status] then
     if row.outcome ~= 'keep' or row.timers ~= '' then arm(job) end
     save(job)

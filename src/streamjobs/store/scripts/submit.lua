@@ -22,7 +22,7 @@ local function repeated(id, idem, body)
   if created then return { 'same', id, first_cursor(id, created) } end
 end
 
-local function place(job, delay, start_timeout)
+local function place(job, delay, start_timeout, queued)
   if start_timeout > 0 then put(job, 'start_by', NOW + delay + start_timeout) end
   if delay > 0 then
     put(job, 'status', 'scheduled')
@@ -30,7 +30,7 @@ local function place(job, delay, start_timeout)
   elseif job.h.held then
     hold(job, job.h.held)
   else
-    enqueue(job)
+    enqueue(job, queued)
   end
   arm(job)
 end
@@ -48,24 +48,25 @@ local function submit(at)
     if not family or status then return { 'parent', status or 'gone' } end
   end
 
-  local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changed = {}, lines = {} }
+  local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changes = {}, lines = {} }
   put(job, 'owner', owner)
   put(job, 'kind', kind)
   put(job, 'queue', queue)
   put(job, 'priority', priority)
-  put(job, 'created', NOW)
+  put(job, 'created', NOW_TEXT)
   put(job, 'attempt', 1)
   if timeout > 0 then put(job, 'timeout', timeout) end
   if ckey ~= '' then put(job, 'ckey', ckey) end
   if idem ~= '' then put(job, 'idem', idem) end
   if parent ~= '' then put(job, 'parent', parent) end
-  local stamp = '{"ts":' .. NOW .. ','
+  local stamp = '{"ts":' .. NOW_TEXT .. ','
   if delay == 0 and OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit then
     put(job, 'held', 'owner_limit')
     stamp = stamp .. '"held":"owner_limit",'
   end
-  emit(job, NOW, 'job.queued', stamp .. string.sub(event, 2))
-  place(job, delay, start_timeout)
+  local queued = stamp .. string.sub(event, 2)
+  emit(job, NOW_TEXT, 'job.queued', queued)
+  place(job, delay, start_timeout, #queued <= OPT.inline_bytes and queued)
   save(job)
   if idem ~= '' then redis.call('SET', PREFIX .. 'idem:' .. idem, id .. ' ' .. body) end
   if family then

@@ -3,7 +3,8 @@
 -- answer: {now, jobs, ends, failures}
 --   ends: stream, id, … for the blocked read that follows when fewer came than wanted: where each ends, or, of stale
 --   tickets beyond what one call looks at, where this take stopped; failures: why, …
--- job: {id, epoch, seq, attempt, inbox, crashes, ms left or -1, kind, owner, queue, job.queued or ''}
+-- job: {id, epoch, seq, attempt, inbox, crashes, ms left or -1, kind, owner, queue, job.queued or ''}; job.queued
+--   comes along, out of the ticket, where it is short and, beside job.started, all there is
 -- The number makes it safe to send twice: its leases are filed for one lease time and answered again.
 
 local WORKER, NUMBER, WANTED = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -58,19 +59,17 @@ local function forget(stream, entries)
   redis.call('XTRIM', stream, 'MINID', ms .. '-' .. (tonumber(n) + 1))
 end
 
-local function described(job)
+local function described(job, queued)
   local left = job.h.deadline and math.max(0, tonumber(job.h.deadline) - NOW) or -1
-  local queued = ''
-  if number(job, 'seq') <= 2 and number(job, 'bytes') <= OPT.inline_bytes then
-    queued = redis.call('XRANGE', job.key .. ':events', '-', '+', 'COUNT', 1)[1][2][4]
-  end
   return { job.id, tonumber(job.h.lease), number(job, 'seq'), number(job, 'attempt'), number(job, 'inbox'),
     number(job, 'crashes'), left, job.h.kind, job.h.owner, job.h.queue, queued }
 end
 
-local function lease(job)
+local LEASE_END = string.format('%d', NOW + OPT.lease)
+
+local function lease(job, queued)
   local h = job.h
-  local epoch = math.max(number(job, 'epoch') + 1, NOW)
+  local epoch = string.format('%d', math.max(number(job, 'epoch') + 1, NOW))
   local fields = '"attempt":' .. h.attempt .. ',"worker":"' .. WORKER .. '","waited_ms":' .. math.max(0, NOW - number(job, 'since'))
   if h.lost then
     fields = fields .. ',"resumed_from":' .. h.seq
@@ -89,15 +88,16 @@ local function lease(job)
   if h.timeout and not h.deadline then put(job, 'deadline', NOW + h.timeout) end
   if h.ckey then redis.call('SET', PREFIX .. 'ckey:' .. h.ckey, job.id) end
   arm(job)
-  gathered.leased[job.id] = NOW + OPT.lease
-  redis.call('SADD', PREFIX .. 'running:' .. h.owner, job.id)
+  gathered.leased[job.id] = LEASE_END
+  local began = runners(h.owner).began
+  began[#began + 1] = job.id
   count('running:' .. h.queue, 1)
   save(job)
-  return described(job)
+  return described(job, number(job, 'seq') == 2 and queued or '')
 end
 
 -- {"stale"} | {"held"} | a lease
-local function admit(id, ticket)
+local function admit(id, ticket, queued)
   local job = fetch(id)
   if not job or job.h.status ~= 'queued' or job.h.ticket ~= ticket then return { 'stale' } end
   local reason = obstacle(job)
@@ -105,7 +105,7 @@ local function admit(id, ticket)
     set_aside(job, reason)
     return { 'held' }
   end
-  return lease(job)
+  return lease(job, queued)
 end
 
 local function drain(stream, class, jobs)
@@ -116,7 +116,7 @@ local function drain(stream, class, jobs)
     if #entries == 0 then return end
     scanned = scanned + #entries
     for _, entry in ipairs(entries) do
-      local answer = guarded(admit, entry[2][2], class .. '|' .. entry[1])
+      local answer = guarded(admit, entry[2][2], class .. '|' .. entry[1], entry[2][4])
       if #answer > 2 then jobs[#jobs + 1] = answer end
       if answer[1] == 'error' then failures[#failures + 1] = entry[2][2] .. ': ' .. answer[2] end
     end
@@ -134,7 +134,7 @@ local function answered_before()
   local jobs = {}
   for id, epoch in string.gmatch(rest, ' (%S+):(%d+)') do
     local job = fetch(id)
-    if job and job.h.lease == epoch then jobs[#jobs + 1] = described(job) end
+    if job and job.h.lease == epoch then jobs[#jobs + 1] = described(job, '') end
   end
   return jobs
 end
