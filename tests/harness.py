@@ -166,7 +166,12 @@ class WorkerProcess:
     """A worker in a process of its own, as `streamjobs worker` starts it."""
 
     def __init__(
-        self, settings: Any, app: str = "tests.faults.app:app", *, fault: str = "", env: dict[str, str] | None = None
+        self,
+        settings: Any,
+        app: str = "tests.faults.app:app",
+        *,
+        fault: str = "",
+        env: dict[str, str] | None = None,
     ) -> None:
         self._env = _environment(settings) | ({"STREAMJOBS_FAULT": fault} if fault else {}) | (env or {})
         self._app = app
@@ -202,7 +207,9 @@ class WorkerProcess:
 
 
 @contextlib.contextmanager
-def worker_process(settings: Any, app: str = "tests.faults.app:app", **options: Any) -> Iterator[WorkerProcess]:
+def worker_process(
+    settings: Any, app: str = "tests.faults.app:app", **options: Any
+) -> Iterator[WorkerProcess]:
     """A worker process that is gone, whatever happened to it, when the block ends."""
     worker = WorkerProcess(settings, app, **options)
     try:

@@ -288,9 +288,9 @@ def _check(settings: Settings) -> None:
 
 _POSITIVE = (
     "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
-    "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval", "max_connection_age",
-    "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events", "max_body",
-    "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
+    "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval",
+    "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
+    "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "provider_attempts",
 )  # fmt: skip
 

@@ -18,7 +18,9 @@ from tests.harness import Lab, Logged, lab, one_end, one_outcome_each, sweeping,
 TEXTS = ("I look at it first. ", "Now I pay for it. ", "It is paid, and all is well.")
 SCENARIO = Scenario(
     turns=[
-        Turn(text=TEXTS[0], tool_calls=[ScriptedCall(name="pure"), ScriptedCall(name="idempotent")], rate=150.0),
+        Turn(
+            text=TEXTS[0], tool_calls=[ScriptedCall(name="pure"), ScriptedCall(name="idempotent")], rate=150.0
+        ),
         Turn(text=TEXTS[1], tool_calls=[ScriptedCall(name="once")], rate=150.0),
         Turn(text=TEXTS[2], rate=150.0),
     ]
@@ -65,7 +67,9 @@ async def test_a_worker_killed_there_costs_a_lease_and_nothing_else(bench: Lab, 
 
 def _require_once_is_told(log: list[Logged], effects: list[str]) -> None:
     """The `once` call is either recorded as completed, and took effect, or said to be unknown."""
-    (call,) = (event.data["call_id"] for event in log if event.type == "tool.called" and event.data["tool"] == "once")
+    (call,) = (
+        event.data["call_id"] for event in log if event.type == "tool.called" and event.data["tool"] == "once"
+    )
     (outcome,) = (
         event.type for event in log
         if event.type in {"tool.completed", "tool.failed", "tool.unknown"} and event.data["call_id"] == call

@@ -71,20 +71,14 @@ def ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-# What fakeredis does otherwise: an error that pcall answers is no Lua string, and an empty stream does not exist.
+# In fakeredis an error that pcall answers is no Lua string, and reading a stream that is not there is one.
 _FAKE_HEAD = """
-local real, redis = redis, {}
+local real, redis = redis, { call = redis.call }
 function redis.pcall(...)
   local reply = real.pcall(...)
-  if type(reply) == 'table' and reply.err then reply.err = tostring(reply.err) end
-  return reply
-end
-function redis.call(command, ...)
-  if command ~= 'XREADGROUP' then return real.call(command, ...) end
-  local reply = redis.pcall(command, ...)
-  if not (reply and reply.err) then return reply end
-  if string.find(reply.err, 'requires the key to exist', 1, true) then return false end
-  error(reply)
+  if type(reply) ~= 'table' or not reply.err then return reply end
+  reply.err = tostring(reply.err)
+  return not string.find(reply.err, 'requires the key to exist', 1, true) and reply
 end
 """
 
