@@ -1,4 +1,4 @@
-"""What the worker's tests share: workers in this loop and in processes of their own, and what became of jobs."""
+"""What the worker's tests share: workers in this loop and in processes, and what became of jobs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Lab:
         self.store = store
         self.provider = provider
 
-    async def submit(self, kind: str = "chat", input: Any = None, **fields: Any) -> str:
-        raw = encode_json(input if input is not None or kind != "chat" else {"prompt": "hello"})
+    async def submit(self, kind: str, given: Any = None, **fields: Any) -> str:
+        raw = encode_json(given)
         return (await self.store.jobs.submit(Submission(**({"kind": kind, "input": raw} | fields)))).job_id
 
     async def chat(self, prompt: str = "hello", **fields: Any) -> str:
@@ -138,6 +138,15 @@ async def working(store: Store, app: App | None = None, **options: Any) -> Async
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+@contextlib.asynccontextmanager
+async def talking(
+    url: str, scenario: Scenario | None = None, app: App | None = None, **changes: Any
+) -> AsyncIterator[Lab]:
+    """A lab with a worker in this loop."""
+    async with lab(url, scenario, **changes) as opened, working(opened.store, app):
+        yield opened
 
 
 @contextlib.asynccontextmanager

@@ -89,7 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Contents over this size are left out of the owner's feed; they are in the job's log."""
 
     # --- worker
-    concurrency: int = 200
+    concurrency: int = 400
     """Jobs that one worker process runs at once."""
     priority_weights: tuple[int, int, int] = (8, 4, 1)
     """Shares of takes that begin with high, default and low. As text: separated by commas."""

@@ -6,7 +6,9 @@ failed together do not come back together.
 
 from __future__ import annotations
 
+import math
 import random
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 import msgspec
@@ -27,7 +29,10 @@ class Backoff(msgspec.Struct, frozen=True):
         """
         share = random.random() if jitter is None else jitter
         exponential = min(self.cap, self.base * self.factor ** min(attempt - 1, 64))
-        return max(min(at_least or 0.0, self.cap), exponential * (0.5 + 0.5 * share))
+        own = exponential * (0.5 + 0.5 * share)
+        return max(
+            own, min(at_least or 0.0, self.cap)
+        )  # in this order, a wish that is nan counts for nothing
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
@@ -40,8 +45,13 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - now
-        except ValueError:
-            return None
-    return max(0.0, seconds) if seconds < float("inf") else None
+        seconds = _seconds_until(value, now)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _seconds_until(date: str, now: float) -> float:
+    try:
+        at = parsedate_to_datetime(date)
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp() - now
+    except (ValueError, OverflowError):
+        return math.nan

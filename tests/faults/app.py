@@ -6,6 +6,7 @@ One line an effect: tool, idempotency key, job. The file is named by EFFECTS.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import Counter
@@ -99,7 +100,5 @@ async def stubborn(ctx: Any) -> None:
     """Ignore every cancellation."""
     ctx.progress(1)
     while True:
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            pass

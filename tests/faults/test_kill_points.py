@@ -1,4 +1,4 @@
-"""A worker killed at every named fault point: another one goes on, and nothing is lost, spliced or done twice."""
+"""A worker killed at every named fault point: another goes on, and nothing is lost, spliced or done twice."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ LATER = ["mid_turn:3", "after_turn_started:3", "before_append:4", "after_append:
 
 @pytest.fixture
 async def bench(redis: RedisProcess) -> AsyncIterator[Lab]:
-    async with lab(redis.url, SCENARIO, lease=LEASE) as opened:
-        async with sweeping(opened.store):
-            yield opened
+    async with lab(redis.url, SCENARIO, lease=LEASE) as opened, sweeping(opened.store):
+        yield opened
 
 
 @pytest.mark.parametrize("point", [*POINTS, *ONCE, *LATER])

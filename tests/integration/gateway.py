@@ -97,7 +97,8 @@ class Script:
 
     async def say(self, *texts: str) -> None:
         """Append one delta for each text."""
-        await self.write(*(TextDelta(turn=1, text=text) for text in texts))
+        for start in range(0, len(texts), 200):
+            await self.write(*(TextDelta(turn=1, text=text) for text in texts[start : start + 200]))
 
     async def open_turn(self) -> None:
         await self.write(TurnStarted(turn=1, model="scripted"))

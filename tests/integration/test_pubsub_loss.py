@@ -44,7 +44,7 @@ def assert_exact(frames: list[Frame], log: list[tuple[str, str, str]]) -> None:
 
 
 async def test_transcripts_are_exact_while_subscriptions_are_killed(redis: RedisProcess):
-    async with serving(redis.url, flush_interval=0.02, position_interval=1.0) as served:
+    async with serving(redis.url, flush_interval=0.02, position_interval=600.0) as served:
         scripts = [await served.script() for _ in range(JOBS)]
         async with asyncio.TaskGroup() as group:
             cutting = group.create_task(cut(redis))
@@ -62,7 +62,7 @@ async def test_transcripts_are_exact_while_subscriptions_are_killed(redis: Redis
 
 async def test_a_loss_right_before_the_end_is_made_up_for(redis: RedisProcess):
     """The last event of a job has none behind it that would show the hole."""
-    async with serving(redis.url, position_interval=0.2) as served:
+    async with serving(redis.url, position_interval=600.0) as served:
         script = await served.script()
         async with served.stream(script.id) as stream:
             await anext(stream)

@@ -57,6 +57,8 @@ def test_a_senseless_wish_does_not_undo_the_delay(wish: float):
         ("Sun, 15 Jun 2025 15:07:10 GMT", 30.0),
         ("Sun, 15 Jun 2025 15:06:00 GMT", 0.0),
         ("Sunday, 15-Jun-25 15:07:10 GMT", 30.0),
+        ("Sun, 15 Jun 2025 17:07:10 +0200", 30.0),
+        ("Sun, 15 Jun 2025 15:07:10", 30.0),
     ],
 )
 def test_seconds_and_http_dates_are_read(value: str, seconds: float):

@@ -14,6 +14,7 @@ once: many tokens, few writes. A finished job has a channel too, without a subsc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -205,8 +206,8 @@ class Channel:
     async def _begin(self) -> None:
         self._is_stale = False
         self._subscribed = True
-        subscribing = self._hub.spawn(self._hub.store.live.subscribe(self.job_id, self))
-        await asyncio.shield(subscribing)
+        with contextlib.suppress(StoreUnavailable):  # `on_gap` comes when the connection stands
+            await self._hub.store.live.subscribe(self.job_id, self)
         self._adopt(await self._patiently(lambda: self._hub.store.jobs.get(self.job_id)))
         self._merge()
 

@@ -27,8 +27,10 @@ class _Packed:
     """Packs commands in C: redis-py's own loop over thousands of arguments costs more than all the rest."""
 
     def pack_command(self, *arguments: Any) -> list[bytes]:
+        name, *rest = arguments
+        words = name.split() if isinstance(name, str) else [name]  # redis-py says "CONFIG SET" in one piece
         pack: Any = hiredis.pack_command  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAttributeAccessIssue]
-        return [pack(arguments)]
+        return [pack((*words, *rest))]
 
 
 class _PackedTcp(_Packed, Connection): ...
@@ -51,7 +53,6 @@ def rw_client(settings: Settings) -> Redis:
     """
     return _client(
         settings,
-        connection_class=_CONNECTIONS[_scheme(settings.redis_url)],
         max_connections=settings.redis_max_connections,
         socket_timeout=settings.redis_timeout,
         retry=Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.5), 3),
@@ -74,6 +75,7 @@ def _client(settings: Settings, **options: Any) -> Redis:
     known = common_options(settings)
     try:
         pool = pools.from_url(settings.redis_url, timeout=settings.redis_timeout, **known, **options)
+        pool.connection_class = _CONNECTIONS[_scheme(settings.redis_url)]  # from_url lets the URL decide
         pool.make_connection()  # not connected: it only says what of the URL no connection understands
     except (ValueError, TypeError) as error:
         raise ConfigError(f"setting 'redis_url': {error}") from error

@@ -8,14 +8,14 @@ moved during the check, and left out, saying so, where something did.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
 
 from streamjobs import events as ev
 from streamjobs.cursor import START
-from streamjobs.errors import JobNotFound, StreamjobsError
+from streamjobs.errors import Invalid, JobNotFound, StoreUnavailable, StreamjobsError
 from streamjobs.job import Fold
 from streamjobs.store import Store, keys
 from streamjobs.store.log import Entry
@@ -40,6 +40,7 @@ _HOLDERS = ("turn.", "text.", "reasoning.", "tool.", "step.", "artifact.", "x.")
 _HOLDERS_JOB = {"job.progress", "job.log", "job.retrying", "job.waiting", "job.completed"}
 _OUTCOMES = {"tool.completed", "tool.failed", "tool.unknown"}
 _ENDED = {"completed", "failed", "cancelled"}
+_NEEDED = {"status", "seq", "last", "owner", "kind", "queue", "created"}
 
 
 class Violation(msgspec.Struct, frozen=True):
@@ -94,6 +95,7 @@ class Doctor:
     def __init__(self, store: Store, on_progress: Callable[[int], None] = lambda _: None) -> None:
         self._store = store
         self._on_progress = on_progress
+        self._seen: set[str] = set()
         self.report = Report()
 
     async def examine(self) -> Report:
@@ -103,12 +105,22 @@ class Doctor:
         async for name in self._keys():
             self.report.keys += 1
             job_id = await self._check_key(name)
-            if job_id is not None:
-                await self._check_job(job_id, found)
+            if job_id is not None and job_id not in self._seen:  # a scan may name a key twice
+                self._seen.add(job_id)
+                await self._guarded(job_id, self._check_job(job_id, found))
         for partition in self._store.partitions:
-            await self._check_ghosts(partition)
+            await self._guarded(keys.prefix(partition), self._check_ghosts(partition))
         self._compare(before, await self._totals(), found)
         return self.report
+
+    async def _guarded(self, subject: str, check: Awaitable[None]) -> None:
+        """Where damage goes so far that a check cannot be made, that is what was found."""
+        try:
+            await check
+        except StoreUnavailable:
+            raise
+        except (StreamjobsError, ValueError, LookupError) as error:
+            self._violation("known_keys", subject, f"cannot be examined: {error}")
 
     def _violation(self, check: str, subject: str, what: str) -> None:
         self.report.violations.append(Violation(check, subject, what))
@@ -146,6 +158,9 @@ class Doctor:
             if not raw:
                 return
             head = _head(job_id, raw)
+            if missing := sorted(_NEEDED - set(head.fields)):
+                self._violation("known_keys", job_id, f"its head lacks {', '.join(missing)}")
+                return
             entries = await self._log(head)
         except JobNotFound:
             return
@@ -158,7 +173,7 @@ class Doctor:
         self._on_progress(self.report.jobs)
 
     async def _log(self, head: Head) -> list[Entry]:
-        end = int(head.fields.get("seq", 0))
+        end = int(head.fields["seq"])
         entries: list[Entry] = []
         after = START
         while len(entries) < end:
@@ -186,7 +201,7 @@ class Doctor:
             lists += [f"{prefix}held:{text(name)}" for name in await client.zrange(f"{prefix}held", 0, -1)]
             for name in lists:
                 for member in [text(m) for m in await client.zrange(name, 0, -1)]:
-                    status = await client.hget(keys.job_key(member), "status")
+                    status = await client.hget(f"{prefix}job:{member}", "status")
                     if status is None or text(status) in _ENDED:
                         self._violation("no_ghosts", name, f"names {member}, which is gone or has ended")
 
@@ -209,13 +224,14 @@ def check_log(head: Head, entries: list[Entry]) -> list[tuple[str, str]]:
     """What is wrong with a job's log."""
     wrong: list[tuple[str, str]] = []
     seqs = [entry.cursor.seq for entry in entries]
-    if seqs != list(range(1, len(seqs) + 1)) or len(seqs) != int(head.fields.get("seq", 0)):
+    if not seqs or seqs != list(range(1, len(seqs) + 1)) or str(len(seqs)) != head.fields.get("seq"):
         wrong.append(
             ("dense_log", f"{len(seqs)} events end at {seqs[-1:]}, the head says {head.fields.get('seq')}")
         )
         return wrong
-    if entries and str(entries[-1].cursor) != head.fields.get("last"):
-        wrong.append(("dense_log", f"ends at {entries[-1].cursor}, the head says {head.fields.get('last')}"))
+    said = head.fields.get("last")
+    others = sorted({head.last, str(entries[-1].cursor)} - {said})
+    wrong += [("dense_log", f"ends at {last}, the head says {said}") for last in others]
     ends = [entry.type for entry in entries if entry.type in ev.TERMINAL]
     if len(ends) != int(head.status in _ENDED) or (ends and entries[-1].type != ends[-1]):
         wrong.append(("one_end", f"terminal events {ends} in a job that is {head.status}"))
@@ -255,9 +271,16 @@ def _check_tools(entries: list[Entry]) -> list[tuple[str, str]]:
         if entry.type == "tool.started" and cancelled:
             wrong.append(("no_tool_after_cancel", f"tool.started at {entry.cursor}"))
         elif entry.type in _OUTCOMES:
-            outcomes[msgspec.json.decode(entry.data)["call_id"]] += 1
+            outcomes[_call_of(entry)] += 1
     wrong += [("one_result", f"{call} has {n} outcomes") for call, n in outcomes.items() if n > 1]
     return wrong
+
+
+def _call_of(entry: Entry) -> str:
+    try:
+        return str(getattr(ev.decode_event(entry.type, entry.data), "call_id", ""))
+    except Invalid:
+        return f"the call at {entry.cursor}"
 
 
 def check_place(head: Head) -> list[tuple[str, str]]:

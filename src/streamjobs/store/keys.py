@@ -162,4 +162,4 @@ def _format_id(partition: int, random: bytes) -> str:
 
 def scoped_digest(owner: str, key: str) -> str:
     """What a caller's key becomes: scoped to its owner, of fixed length and form."""
-    return hashlib.blake2b(f"{owner}\0{key}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{owner}\0{key}".encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -158,6 +158,7 @@ class Execution:
 
     async def _drop(self, code: asyncio.Task[Any]) -> None:
         """The worker drops everything: let the code close what it has open."""
+        self._stopped = self._stopped or "fenced"
         code.cancel()
         await asyncio.wait({code}, timeout=_UNWIND_TIMEOUT)
         if not code.done():
@@ -184,6 +185,8 @@ class Execution:
         """The job's code and all that it may raise. What it raised is not looked at where it was stopped."""
         try:
             history = await self._load()
+            if history.was_lost:
+                await self.journal.begin()  # code that crashes at once must count, too
             fault("after_load")
             self._max_attempts = history.submission.max_attempts or self._max_attempts
             return _completed(await self._run(history), self._services)

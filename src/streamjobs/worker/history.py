@@ -18,7 +18,6 @@ from streamjobs.store import Entry
 _INTERRUPTIONS = {
     "job.lost": "the worker before was lost",
     "job.retrying": "the attempt before failed",
-    "job.requeued": "the worker before handed the job back",
     "job.resumed": "the job was paused",
 }
 
@@ -42,7 +41,10 @@ class ToolRecord(msgspec.Struct):
 
 
 class History:
-    """The recorded past of one job; `cursor` is where it ends."""
+    """The recorded past of one job; `cursor` is where it ends.
+
+    `interruption` says in words why the run before did not end the job; `was_lost`, that its worker was.
+    """
 
     def __init__(self) -> None:
         self.cursor: Cursor = START
@@ -52,6 +54,7 @@ class History:
         self.tools: dict[str, ToolRecord] = {}
         self.emitted: Counter[str] = Counter()
         self.interruption = ""
+        self.was_lost = False
 
     @property
     def submission(self) -> ev.JobQueued:
@@ -93,6 +96,11 @@ class History:
                 record.starts, record.effect = event.attempt, event.effect
             case ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
                 self.tool(event.call_id).outcome = event
+            case ev.JobRequeued(why="yield"):
+                self.interruption = "the worker before handed the job back"
+                self.was_lost = False
             case _:
                 self.emitted[entry.type] += 1
-                self.interruption = _INTERRUPTIONS.get(entry.type, self.interruption)
+                if entry.type in _INTERRUPTIONS:
+                    self.interruption = _INTERRUPTIONS[entry.type]
+                    self.was_lost = entry.type == ev.JobLost.type

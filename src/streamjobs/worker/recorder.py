@@ -73,6 +73,7 @@ class Journal:
         "_ending",
         "_finished",
         "_flushed_at",
+        "_is_beginning",
         "_pending",
         "_pieces",
         "_room",
@@ -116,6 +117,7 @@ class Journal:
         self._pieces: list[str] = []
         self._delta_bytes = 0
         self._flushed_at = 0.0
+        self._is_beginning = False
         self._batch: Batch | None = None
         self._ending: _Ending | None = None
         self._finished: asyncio.Future[Answer] | None = None
@@ -174,6 +176,15 @@ class Journal:
             self._waiters.append((self._emitted, future))
             await future
         return self.seq
+
+    async def begin(self) -> None:
+        """Commit a batch, without events if there are none: from then on losing the lease counts as a crash."""
+        self._require_open()
+        self._is_beginning = True
+        self._committer.ready(self)
+        future: asyncio.Future[Answer] = self._committer.loop.create_future()
+        self._waiters.append((self._emitted, future))
+        await future
 
     async def room(self) -> None:
         """Wait until less waits for Redis. Raises what closed the journal meanwhile."""
@@ -269,8 +280,9 @@ class Journal:
         ending = _KEEP
         if self._ending is not None and not self._pending:
             ending = self._ending
-        elif not events:
+        elif not events and not self._is_beginning:
             return None
+        self._is_beginning = False
         self._batch = Batch(
             self.lease.job_id,
             self.lease.epoch,

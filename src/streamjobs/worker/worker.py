@@ -36,6 +36,8 @@ from streamjobs.worker.tools import abandoned_tasks
 log = structlog.get_logger(__name__)
 
 _FAILURE_CAP = 2.0
+_SHARES = 4
+"""Slots are filled in so many takes."""
 _ENOUGH_ROOM = 8
 _GATHER = 0.02
 """A busy worker takes again when an eighth of its slots is free, or this much later: fewer, fuller takes."""
@@ -130,7 +132,9 @@ class Worker:
         tasks = {*self._tasks, *loops}
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=_STOP_TIMEOUT)
+        _, left = await asyncio.wait(tasks, timeout=_STOP_TIMEOUT)
+        for t in left:
+            print("LEFT", t)
         await keeper.aclose()
         await providers.aclose()
         with contextlib.suppress(StreamjobsError):
@@ -182,10 +186,10 @@ class Worker:
         self._rotation = (self._rotation + 1) % len(partitions)
         ends: dict[str, str] = {}
         is_dry = True
-        # never all slots at once: one half runs while the other one is on its way to Redis or back
-        half = max(1, self._settings.concurrency // 2)
+        # never all slots at once: some jobs run while others are on their way to Redis or back
+        share = max(1, self._settings.concurrency // _SHARES)
         for partition in (*partitions[self._rotation :], *partitions[: self._rotation]):
-            wanted = min(self._settings.concurrency - self.running, half)
+            wanted = min(self._settings.concurrency - self.running, share)
             if wanted <= 0 or self._draining.is_set():
                 return {}
             taken = await self._take(partition, wanted)

@@ -15,7 +15,7 @@ if h.ticket then
   local class, entry = string.match(h.ticket, '^(.*)|(.*)$')
   ticket = #redis.call('XRANGE', PREFIX .. 'work:' .. h.queue .. ':' .. class, entry, entry)
 end
-local held = h.held and redis.call('ZSCORE', PREFIX .. 'held:' .. held_list(job, h.held)) or ''
+local held = h.held and redis.call('ZSCORE', PREFIX .. 'held:' .. held_list(job, h.held), job.id) or ''
 return { redis.call('HGETALL', job.key), redis.call('XLEN', log), end_of('XRANGE', '-', '+'), end_of('XREVRANGE', '+', '-'),
   redis.call('ZSCORE', KEYS[1], job.id) or '', redis.call('ZSCORE', PREFIX .. 'timers', job.id) or '', ticket, held or '',
   redis.call('PTTL', job.key), redis.call('PTTL', log), redis.call('SISMEMBER', PREFIX .. 'running:' .. h.owner, job.id) }
