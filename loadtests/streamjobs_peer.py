@@ -33,7 +33,7 @@ class Streamjobs(Peer):
     """streamjobs with its full event log: queued, started, completed."""
 
     name: ClassVar[str] = "streamjobs"
-    concurrency: ClassVar[int] = 200
+    concurrency: ClassVar[int] = 400
     recorded: ClassVar[str] = "its whole event log, its state, its owner's feed, notes for projections"
 
     def version(self) -> str:

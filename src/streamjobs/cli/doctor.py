@@ -46,8 +46,8 @@ def print_report(report: Report) -> None:
 
     failed = {violation.check for violation in report.violations}
     for check, meaning in CHECKS.items():
-        mark = click.style("FAILED", fg="red") if check in failed else click.style("ok", fg="green")
-        click.echo(f"  {mark:<16} {check:<22} {meaning}")
+        mark, color = ("FAILED", "red") if check in failed else ("ok", "green")
+        click.echo(f"  {click.style(f'{mark:<7}', fg=color)} {check:<22} {meaning}")
     for violation in report.violations[:_SHOWN]:
         click.echo(f"  {violation.check}: {violation.subject}: {violation.found}")
     if len(report.violations) > _SHOWN:

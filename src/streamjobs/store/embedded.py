@@ -31,6 +31,7 @@ from streamjobs.errors import ConfigError, StoreUnavailable
 log = structlog.get_logger(__name__)
 
 START_TIMEOUT = 20.0
+STOP_TIMEOUT = 10.0
 _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 
 
@@ -183,7 +184,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         return
     process.send_signal(signal.SIGTERM)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(STOP_TIMEOUT):
             await process.wait()
     except TimeoutError:
         process.kill()
