@@ -1,4 +1,5 @@
-"""What keeps the code readable when nobody is looking: where imports may point, and how large things may grow."""
+"""What keeps the code readable when nobody is looking: where imports may point, and how large things may
+grow."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ LAYERS = [
     {"cli"},
 ]
 TOGETHER = {"app", "builtin"}
-"""Built-in tools are written with what users write theirs with, and an App offers them: one layer, two files."""
+"""Built-in tools are written with what users write theirs with, and an App offers them: one layer, two
+files."""
 ANYTHING = {"testing", "__main__", "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MAY_IMPORT_TESTING = {"testing", "cli"}
@@ -54,7 +56,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def imported_parts(path: Path) -> set[str]:
-    found = {name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("streamjobs.")}
+    found = {
+        name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("streamjobs.")
+    }
     return {name for name in found if name in RANK or name in ANYTHING}
 
 
@@ -114,6 +118,8 @@ def test_few_lines_are_excused_from_coverage():
 def test_the_rules_here_can_fail():
     """Each of the above passes for ever if its way of reading the source finds nothing."""
     assert imported_parts(SOURCE / "worker" / "worker.py") >= {"store", "app"}
-    assert "redis" in {name.split(".")[0] for name in imports(ast.parse((SOURCE / "store" / "live.py").read_text()))}
+    assert "redis" in {
+        name.split(".")[0] for name in imports(ast.parse((SOURCE / "store" / "live.py").read_text()))
+    }
     assert "testing" in imported_parts(SOURCE / "cli" / "local.py")
     assert len(FILES) > 40

@@ -48,9 +48,14 @@ async def populate(store: Store) -> dict[str, str]:
     paused = await store.jobs.submit(Submission(kind="noop", owner="anna"))
     await store.jobs.pause(paused.job_id)
     return {
-        "running": running.job_id, "completed": completed.job_id, "waiting": waiting.job_id, "queued": queued.job_id,
-        "scheduled": later.job_id, "cancelled": cancelled.job_id, "paused": paused.job_id,
-    }  # fmt: skip
+        "running": running.job_id,
+        "completed": completed.job_id,
+        "waiting": waiting.job_id,
+        "queued": queued.job_id,
+        "scheduled": later.job_id,
+        "cancelled": cancelled.job_id,
+        "paused": paused.job_id,
+    }
 
 
 async def examine(store: Store) -> Report:
@@ -92,60 +97,138 @@ def xadd(client: sync_redis.Redis, job_id: str, kind: str, **data: Any) -> None:
 
 DAMAGES: dict[str, tuple[str, str, Damage]] = {
     "an event that nobody counted": (
-        "dense_log", "running", lambda c, ids: c.xadd(log_of(ids["running"]), {"t": "x", "d": "{}"}, id="99-99999999999999"),
+        "dense_log",
+        "running",
+        lambda c, ids: c.xadd(log_of(ids["running"]), {"t": "x", "d": "{}"}, id="99-99999999999999"),
     ),
     "an event is gone": (
-        "dense_log", "completed", lambda c, ids: c.xdel(log_of(ids["completed"]), c.xrange(log_of(ids["completed"]))[1][0]),
+        "dense_log",
+        "completed",
+        lambda c, ids: c.xdel(log_of(ids["completed"]), c.xrange(log_of(ids["completed"]))[1][0]),
     ),
     "the log is gone": ("dense_log", "running", lambda c, ids: c.delete(log_of(ids["running"]))),
     "the last events are gone": (
-        "dense_log", "completed", lambda c, ids: c.xdel(log_of(ids["completed"]), c.xrevrange(log_of(ids["completed"]))[0][0]),
+        "dense_log",
+        "completed",
+        lambda c, ids: c.xdel(log_of(ids["completed"]), c.xrevrange(log_of(ids["completed"]))[0][0]),
     ),
     "something follows the end": (
-        "one_end", "completed", lambda c, ids: xadd(c, ids["completed"], "job.log", message="x"),
+        "one_end",
+        "completed",
+        lambda c, ids: xadd(c, ids["completed"], "job.log", message="x"),
     ),
     "it started while it waits": (
-        "lifecycle", "waiting", lambda c, ids: xadd(c, ids["waiting"], "job.started", attempt=1, worker="w"),
+        "lifecycle",
+        "waiting",
+        lambda c, ids: xadd(c, ids["waiting"], "job.started", attempt=1, worker="w"),
     ),
-    "an event is no event": ("lifecycle", "running", lambda c, ids: xadd(c, ids["running"], "text.delta", text=5)),
-    "nobody's words": ("one_writer", "queued", lambda c, ids: xadd(c, ids["queued"], "text.delta", turn=1, text="x")),
+    "an event is no event": (
+        "lifecycle",
+        "running",
+        lambda c, ids: xadd(c, ids["running"], "text.delta", text=5),
+    ),
+    "nobody's words": (
+        "one_writer",
+        "queued",
+        lambda c, ids: xadd(c, ids["queued"], "text.delta", turn=1, text="x"),
+    ),
     "two results": (
-        "one_result", "running", lambda c, ids: [xadd(c, ids["running"], "tool.completed", call_id="c") for _ in range(2)],
+        "one_result",
+        "running",
+        lambda c, ids: [xadd(c, ids["running"], "tool.completed", call_id="c") for _ in range(2)],
     ),
     "a tool after the cancel": (
-        "no_tool_after_cancel", "running", lambda c, ids: [
+        "no_tool_after_cancel",
+        "running",
+        lambda c, ids: [
             xadd(c, ids["running"], "job.cancel_requested"),
             xadd(c, ids["running"], "tool.started", call_id="c", idempotency_key="k", effect="pure"),
         ],
     ),
     "no lease": ("one_place", "running", lambda c, ids: c.zrem("sj:{0}:leases", ids["running"])),
     "no epoch": ("one_place", "running", lambda c, ids: c.hdel(keys.job_key(ids["running"]), "lease")),
-    "not in the owner's set": ("one_place", "running", lambda c, ids: c.srem("sj:{0}:running:anna", ids["running"])),
+    "not in the owner's set": (
+        "one_place",
+        "running",
+        lambda c, ids: c.srem("sj:{0}:running:anna", ids["running"]),
+    ),
     "no ticket": ("one_place", "queued", lambda c, _ids: c.delete("sj:{0}:work:default:default")),
     "no timer": ("one_place", "scheduled", lambda c, ids: c.zrem("sj:{0}:timers", ids["scheduled"])),
-    "another timer": ("one_place", "scheduled", lambda c, ids: c.zincrby("sj:{0}:timers", 5, ids["scheduled"])),
-    "a lease too many": ("one_place", "paused", lambda c, ids: c.zadd("sj:{0}:leases", {ids["paused"]: 9e12})),
+    "another timer": (
+        "one_place",
+        "scheduled",
+        lambda c, ids: c.zincrby("sj:{0}:timers", 5, ids["scheduled"]),
+    ),
+    "a lease too many": (
+        "one_place",
+        "paused",
+        lambda c, ids: c.zadd("sj:{0}:leases", {ids["paused"]: 9e12}),
+    ),
     "no status": ("known_keys", "queued", lambda c, ids: c.hdel(keys.job_key(ids["queued"]), "status")),
     "no owner": ("known_keys", "completed", lambda c, ids: c.hdel(keys.job_key(ids["completed"]), "owner")),
-    "a head that stays": ("one_expiry", "completed", lambda c, ids: c.persist(keys.job_key(ids["completed"]))),
+    "a head that stays": (
+        "one_expiry",
+        "completed",
+        lambda c, ids: c.persist(keys.job_key(ids["completed"])),
+    ),
     "a log that stays": ("one_expiry", "cancelled", lambda c, ids: c.persist(log_of(ids["cancelled"]))),
-    "a live job that expires": ("one_expiry", "running", lambda c, ids: c.expire(keys.job_key(ids["running"]), 60)),
+    "a live job that expires": (
+        "one_expiry",
+        "running",
+        lambda c, ids: c.expire(keys.job_key(ids["running"]), 60),
+    ),
     "an unknown key": ("known_keys", "sj:{0}:surprise", lambda c, _ids: c.set("sj:{0}:surprise", 1)),
     "a key of another type": (
-        "known_keys", "sj:{0}:feed", lambda c, _ids: [c.delete("sj:{0}:feed"), c.set("sj:{0}:feed", 1)],
+        "known_keys",
+        "sj:{0}:feed",
+        lambda c, _ids: [c.delete("sj:{0}:feed"), c.set("sj:{0}:feed", 1)],
     ),
-    "a key that never expires": ("known_keys", "sj:{0}:worker:w9", lambda c, _ids: c.set("sj:{0}:worker:w9", 1)),
+    "a key that never expires": (
+        "known_keys",
+        "sj:{0}:worker:w9",
+        lambda c, _ids: c.set("sj:{0}:worker:w9", 1),
+    ),
     "a log that is none": (
-        "known_keys", "running", lambda c, ids: [c.delete(log_of(ids["running"])), c.set(log_of(ids["running"]), 1)],
+        "known_keys",
+        "running",
+        lambda c, ids: [c.delete(log_of(ids["running"])), c.set(log_of(ids["running"]), 1)],
     ),
-    "a head without a number": ("known_keys", "running", lambda c, ids: c.hset(keys.job_key(ids["running"]), "seq", "many")),
-    "leases that are none": ("known_keys", "sj:{0}:leases", lambda c, _ids: [c.delete("sj:{0}:leases"), c.set("sj:{0}:leases", 1)]),
-    "a ghost": ("no_ghosts", "sj:{0}:leases", lambda c, _ids: c.zadd("sj:{0}:leases", {keys.new_job_id(0): 9e12})),
-    "a ghost that is no job": ("no_ghosts", "sj:{0}:timers", lambda c, _ids: c.zadd("sj:{0}:timers", {"???": 1})),
-    "an ended job with a timer": ("no_ghosts", "sj:{0}:timers", lambda c, ids: c.zadd("sj:{0}:timers", {ids["completed"]: 1})),
-    "a counter": ("totals", "running:default", lambda c, _ids: c.hincrby("sj:{0}:counts", "running:default", 1)),
-    "a counter of no queue": ("totals", "waiting:gone", lambda c, _ids: c.hset("sj:{0}:counts", "waiting:gone", 3)),
-}  # fmt: skip
+    "a head without a number": (
+        "known_keys",
+        "running",
+        lambda c, ids: c.hset(keys.job_key(ids["running"]), "seq", "many"),
+    ),
+    "leases that are none": (
+        "known_keys",
+        "sj:{0}:leases",
+        lambda c, _ids: [c.delete("sj:{0}:leases"), c.set("sj:{0}:leases", 1)],
+    ),
+    "a ghost": (
+        "no_ghosts",
+        "sj:{0}:leases",
+        lambda c, _ids: c.zadd("sj:{0}:leases", {keys.new_job_id(0): 9e12}),
+    ),
+    "a ghost that is no job": (
+        "no_ghosts",
+        "sj:{0}:timers",
+        lambda c, _ids: c.zadd("sj:{0}:timers", {"???": 1}),
+    ),
+    "an ended job with a timer": (
+        "no_ghosts",
+        "sj:{0}:timers",
+        lambda c, ids: c.zadd("sj:{0}:timers", {ids["completed"]: 1}),
+    ),
+    "a counter": (
+        "totals",
+        "running:default",
+        lambda c, _ids: c.hincrby("sj:{0}:counts", "running:default", 1),
+    ),
+    "a counter of no queue": (
+        "totals",
+        "waiting:gone",
+        lambda c, _ids: c.hset("sj:{0}:counts", "waiting:gone", 3),
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -15,6 +15,8 @@ from streamjobs.app import App
 from streamjobs.errors import ProviderError
 from streamjobs.testing import Scenario, Turn
 from streamjobs.testing.scenario import EndlessFault
+from streamjobs.worker.recorder import Committer
+from streamjobs.worker.worker import Worker
 from tests.conftest import RedisProcess, wait_until
 from tests.harness import Lab, drained, lab, one_end, says, talking, worker_process, working
 
@@ -527,6 +529,20 @@ async def test_sigterm_with_redis_away_ends_within_its_bound(own_redis: RedisPro
             assert await worker.ended(40.0) == 0
             assert time.monotonic() - started < 25
         own_redis.start()
+
+
+async def test_a_loop_that_fails_ends_the_worker(redis: RedisProcess, monkeypatch: pytest.MonkeyPatch):
+    """A worker that keeps its leases and writes nothing is worse than none: nobody would take its jobs over."""
+
+    async def fails(self: Any) -> None:
+        await asyncio.sleep(0.1)
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(Committer, "run", fails)
+    async with lab(redis.url) as bench:
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            await Worker(bench.store, App()).run()
+        assert await bench.store.workers.all() == []
 
 
 async def test_what_a_workflow_says_is_said_once_over_a_crash(redis: RedisProcess):

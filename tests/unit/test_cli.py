@@ -1,4 +1,5 @@
-"""The command line: help that teaches, errors of one line, output that can be piped, and a start that nobody notices."""
+"""The command line: help that teaches, errors of one line, output that can be piped, and a start that
+nobody notices."""
 
 from __future__ import annotations
 
@@ -27,7 +28,18 @@ from streamjobs.config import Settings
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = ["cancel", "demo", "dev", "doctor", "provider", "serve", "status", "submit", "watch", "worker"]
-HEAVY = ["starlette", "aiohttp", "uvicorn", "redis", "httpx", "rich", "structlog", "yaml", "msgspec", "prometheus_client"]
+HEAVY = [
+    "starlette",
+    "aiohttp",
+    "uvicorn",
+    "redis",
+    "httpx",
+    "rich",
+    "structlog",
+    "yaml",
+    "msgspec",
+    "prometheus_client",
+]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("STREAMJOBS_")}
 NOBODY = "http://127.0.0.1:9"
 
@@ -88,14 +100,18 @@ def test_the_first_help_says_what_to_try():
     assert "streamjobs submit" in shown
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"], ["serve", "--help"], ["doctor", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["submit", "--help"], ["serve", "--help"], ["doctor", "-h"], ["--version"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]):
     """Every completion and every --help would take half a second."""
     code = (
         "import sys\nsys.argv = ['streamjobs', *sys.argv[1:]]\nfrom streamjobs.cli import main\n"
-        "try: main()\nfinally: print([m for m in %r if m in sys.modules], file=sys.stderr)" % HEAVY
+        f"try: main()\nfinally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
     )
-    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=CLEAN, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=CLEAN, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stderr.strip() == "[]"
     assert run.stdout
@@ -167,7 +183,11 @@ def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()
     os.close(read)
     run = subprocess.run(
-        [sys.executable, "-m", "streamjobs", "--help"], stdout=write, stderr=subprocess.PIPE, env=CLEAN, check=False
+        [sys.executable, "-m", "streamjobs", "--help"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=CLEAN,
+        check=False,
     )
     os.close(write)
     assert b"Traceback" not in run.stderr
@@ -177,9 +197,15 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 VIEW = {
-    "id": "j0-x", "kind": "chat", "status": "failed", "attempt": 2, "cursor": "9-7", "text": "Hello\x1b[2J",
-    "tool_calls": [{"tool": "list_files", "state": "completed"}], "error": {"code": "timeout", "message": "too long"},
-}  # fmt: skip
+    "id": "j0-x",
+    "kind": "chat",
+    "status": "failed",
+    "attempt": 2,
+    "cursor": "9-7",
+    "text": "Hello\x1b[2J",
+    "tool_calls": [{"tool": "list_files", "state": "completed"}],
+    "error": {"code": "timeout", "message": "too long"},
+}
 
 
 class Gateway:
@@ -192,7 +218,9 @@ class Gateway:
 
         def make(client: Client, *arguments: Any, **options: Any) -> None:
             made(client, *arguments, **options)
-            client._http = httpx.AsyncClient(base_url="http://gateway", transport=httpx.MockTransport(self.answer))  # pyright: ignore
+            client._http = httpx.AsyncClient(
+                base_url="http://gateway", transport=httpx.MockTransport(self.answer)
+            )  # pyright: ignore
 
         monkeypatch.setattr(Client, "__init__", make)
         monkeypatch.setattr(options, "run", asyncio.run)
@@ -202,9 +230,11 @@ class Gateway:
         if request.url.path.endswith("/events"):
             return httpx.Response(200, content=b"".join(self.events))
         if request.url.path.endswith("/cancel"):
-            return httpx.Response(200, json={"id": "j0-x", "status": "running", "cancel_requested": True})
+            return httpx.Response(200, json={"id": "j0-x", "cancel_requested": True})
         if request.method == "POST":
-            return httpx.Response(202, json={"id": "j0-x", "kind": "chat", "status": "queued", "cursor": "1-7"})
+            return httpx.Response(
+                202, json={"id": "j0-x", "kind": "chat", "status": "queued", "cursor": "1-7"}
+            )
         if request.url.path.endswith("/gone"):
             return httpx.Response(404, json={"code": "not_found", "detail": "no such job"})
         return httpx.Response(200, json=VIEW)
@@ -227,9 +257,27 @@ def invoke(*arguments: str, stdin: str = "") -> str:
 
 def test_submit_sends_what_was_typed(gateway: Gateway):
     """A job would run with another model, without its tools, or twice."""
-    out = invoke("submit", "--prompt", "Hi", "--tool", "a", "--tool", "b", "--model", "m", "--priority", "low", "--key", "k1")
+    out = invoke(
+        "submit",
+        "--prompt",
+        "Hi",
+        "--tool",
+        "a",
+        "--tool",
+        "b",
+        "--model",
+        "m",
+        "--priority",
+        "low",
+        "--key",
+        "k1",
+    )
     assert out == "j0-x\n"
-    assert gateway.body == {"kind": "chat", "input": {"prompt": "Hi", "model": "m", "tools": ["a", "b"]}, "priority": "low"}
+    assert gateway.body == {
+        "kind": "chat",
+        "input": {"prompt": "Hi", "model": "m", "tools": ["a", "b"]},
+        "priority": "low",
+    }
     assert gateway.requests[0].headers["idempotency-key"] == "k1"
 
 
@@ -252,9 +300,12 @@ def frame(seq: int, event: str, /, **data: Any) -> bytes:
 
 
 STREAM = [
-    frame(1, "job.queued", kind="chat"), frame(2, "job.started", attempt=1, worker="w"), frame(3, "text.delta", turn=1, text="Hel"),
-    frame(4, "text.delta", turn=1, text="lo"), frame(5, "tool.called", call_id="c", tool="t", arguments={"a": 1}),
-]  # fmt: skip
+    frame(1, "job.queued", kind="chat"),
+    frame(2, "job.started", attempt=1, worker="w"),
+    frame(3, "text.delta", turn=1, text="Hel"),
+    frame(4, "text.delta", turn=1, text="lo"),
+    frame(5, "tool.called", call_id="c", tool="t", arguments={"a": 1}),
+]
 
 
 def test_watch_prints_events_as_json_lines(gateway: Gateway):
@@ -288,7 +339,11 @@ def test_watching_what_has_ended_says_how(gateway: Gateway, now: str, status: in
 
     def once(request: httpx.Request) -> httpx.Response:
         is_second = any(r.url.path.endswith("/events") for r in gateway.requests)
-        return httpx.Response(204) if request.url.path.endswith("/events") and is_second else gateway_answer(request)
+        return (
+            httpx.Response(204)
+            if request.url.path.endswith("/events") and is_second
+            else gateway_answer(request)
+        )
 
     gateway.answer = once  # type: ignore[method-assign]
     assert CliRunner().invoke(cli, ["watch", "j0-x"]).exit_code == status
@@ -312,15 +367,21 @@ def test_status_tells_the_whole_story_in_a_few_lines(gateway: Gateway):
 
 
 def test_a_models_words_do_not_steer_the_terminal(gateway: Gateway):
-    """An answer, or a file that a tool read, could clear the screen, or write what looks like our own output."""
+    """An answer, or a file that a tool read, could clear the screen, or write what looks like our own
+    output."""
     assert "\x1b" not in invoke("status", "j0-x")
     assert printable("a\x1b[31mb\x07\x9b0m\r\n\tc") == "a\ufffd[31mb\ufffd\ufffd0m\ufffd\n\tc"
-    gateway.events = [frame(1, "text.delta", turn=1, text="\x1b]0;owned\x07"), frame(2, "job.log", message="\x1b[2J"),
-                      frame(3, "job.completed")]  # fmt: skip
+    gateway.events = [
+        frame(1, "text.delta", turn=1, text="\x1b]0;owned\x07"),
+        frame(2, "job.log", message="\x1b[2J"),
+        frame(3, "job.completed"),
+    ]
     assert "\x1b" not in invoke("watch", "j0-x", "--after", "0")
 
 
-@pytest.mark.parametrize("kind", ["x.mine", "job.new_in_a_later_release", "turn.completed", "reset", "error", "snapshot"])
+@pytest.mark.parametrize(
+    "kind", ["x.mine", "job.new_in_a_later_release", "turn.completed", "reset", "error", "snapshot"]
+)
 def test_a_sparse_or_unknown_event_is_shown(kind: str, capsys: pytest.CaptureFixture[str]):
     """Watching a job of a newer release would end in a KeyError."""
     data = {"turn": 1, "status": "running"}
@@ -330,7 +391,9 @@ def test_a_sparse_or_unknown_event_is_shown(kind: str, capsys: pytest.CaptureFix
 
 def test_the_doctors_report_is_read_at_a_glance(capsys: pytest.CaptureFixture[str]):
     """Twenty thousand lines of violations would scroll the first one away."""
-    report = Report(jobs=3, violations=[Violation("one_place", f"j{n}", "nowhere") for n in range(30)], notes=["n"])
+    report = Report(
+        jobs=3, violations=[Violation("one_place", f"j{n}", "nowhere") for n in range(30)], notes=["n"]
+    )
     print_report(report)
     out = click.unstyle(capsys.readouterr().out)
     assert re.search(r"^  FAILED  one_place  ", out, re.MULTILINE)
@@ -350,7 +413,12 @@ def test_options_win_over_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     file = tmp_path / "s.yaml"
     file.write_text("max_rounds: 3\nlease: 1\n")
     settings = options.read_settings(None, file, ("concurrency=5", "queues=a,b"), port=None)
-    assert (settings.lease, settings.max_rounds, settings.concurrency, settings.queues) == (7.0, 3, 5, ("a", "b"))
+    assert (settings.lease, settings.max_rounds, settings.concurrency, settings.queues) == (
+        7.0,
+        3,
+        5,
+        ("a", "b"),
+    )
     assert settings.redis_url == "redis://variable"
     assert settings.port == Settings().port
     assert options.read_settings("redis://option", None, ()).redis_url == "redis://option"

@@ -1,4 +1,5 @@
-"""Settings are typed by people, into shells, YAML files and Kubernetes manifests: mistakes must be told, not swallowed."""
+"""Settings are typed by people, into shells, YAML files and Kubernetes manifests: mistakes must be told,
+not swallowed."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 
 HEAD = """# Settings
 
-Each has a default. They are read, later ones winning, from a file (`--config settings.yaml`, YAML or JSON), from
-variables (`STREAMJOBS_<NAME>`, upper case), and from the command line (`--set name=value`, and the options of a
-command). An unknown name is an error that says which one was probably meant. Durations are seconds, sizes bytes.
+Each has a default. They are read, later ones winning, from a file (`--config settings.yaml`, YAML or JSON),
+from variables (`STREAMJOBS_<NAME>`, upper case), and from the command line (`--set name=value`, and the
+options of a command). An unknown name is an error that says which one was probably meant. Durations are
+seconds, sizes bytes.
 
-In Kubernetes set `enableServiceLinks: false` for our pods: otherwise the variables that it injects for a Service
-named `streamjobs` look like settings, and the program refuses to start.
+In Kubernetes set `enableServiceLinks: false` for our pods: otherwise the variables that it injects for a
+Service named `streamjobs` look like settings, and the program refuses to start.
 
 This page is made from `config.py` by its test: `STREAMJOBS_TEST_WRITE=1 pytest tests/unit/test_config.py`.
 """
@@ -51,8 +53,15 @@ def page() -> str:
     defaults = Settings()
     parts = [HEAD]
     for group, settings in meanings().items():
-        rows = [f"| `{name}` | {shown(getattr(defaults, name))} | {meaning} |" for name, meaning in settings.items()]
-        parts.append("\n".join([f"## {group.capitalize()}", "", "| setting | default | meaning |", "|---|---|---|", *rows]))
+        rows = [
+            f"| `{name}` | {shown(getattr(defaults, name))} | {meaning} |"
+            for name, meaning in settings.items()
+        ]
+        parts.append(
+            "\n".join(
+                [f"## {group.capitalize()}", "", "| setting | default | meaning |", "|---|---|---|", *rows]
+            )
+        )
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -73,8 +82,13 @@ def test_every_setting_has_a_default_and_a_meaning():
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("leese", "lease"), ("concurency", "concurrency"), ("redis_ulr", "redis_url"), ("heartbeat_intervall", "heartbeat_interval")],
-)  # fmt: skip
+    [
+        ("leese", "lease"),
+        ("concurency", "concurrency"),
+        ("redis_ulr", "redis_url"),
+        ("heartbeat_intervall", "heartbeat_interval"),
+    ],
+)
 def test_a_typo_is_answered_with_what_was_meant(wrong: str, meant: str):
     """The default would be used in silence, and found out in production."""
     for load in (
@@ -87,13 +101,16 @@ def test_a_typo_is_answered_with_what_was_meant(wrong: str, meant: str):
 
 def test_a_name_like_no_other_is_refused_too():
     """A setting of another program in our file would seem to be in force."""
-    with pytest.raises(ConfigError, match="unknown setting 'zzzz'$"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'zzzz'$"):
         load_settings(env={"STREAMJOBS_ZZZZ": "1"})
 
 
 def test_a_variable_of_another_program_is_none_of_ours():
     """Starting would depend on whatever else a machine's environment holds."""
-    assert load_settings(env={"PATH": "/bin", "STREAM": "1", "streamjobs_lease": "9", "STREAMJOB_LEASE": "1"}) == Settings()
+    assert (
+        load_settings(env={"PATH": "/bin", "STREAM": "1", "streamjobs_lease": "9", "STREAMJOB_LEASE": "1"})
+        == Settings()
+    )
 
 
 def test_our_variables_that_are_no_settings_are_passed_over():
@@ -111,7 +128,10 @@ def test_later_sources_win(tmp_path: Path):
     assert settings.host == Settings().host
 
 
-@pytest.mark.parametrize("text", ['{"lease": 5, "queues": ["a", "b"]}', "lease: 5\nqueues: [a, b]\n", "lease: '5'\nqueues:\n- a\n- b\n"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"lease": 5, "queues": ["a", "b"]}', "lease: 5\nqueues: [a, b]\n", "lease: '5'\nqueues:\n- a\n- b\n"],
+)
 def test_files_are_yaml_or_json(tmp_path: Path, text: str):
     """A configuration made by a tool, as JSON, could not be used."""
     file = tmp_path / "settings"
@@ -127,7 +147,10 @@ def test_an_empty_file_says_nothing(tmp_path: Path):
     assert load_settings(env={}, file=file) == Settings()
 
 
-@pytest.mark.parametrize("content", [b"- a\n- b\n", b"just words", b"a: [", b"\xff\xfe", b"!!python/object:os.system {}", b"lese: 1"])
+@pytest.mark.parametrize(
+    "content",
+    [b"- a\n- b\n", b"just words", b"a: [", b"\xff\xfe", b"!!python/object:os.system {}", b"lese: 1"],
+)
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes):
     """A traceback of a YAML parser, or worse, code run from a settings file."""
     file = tmp_path / "settings.yaml"
@@ -140,7 +163,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes):
 
 def test_lists_come_from_variables():
     """Queues could be declared in files only."""
-    settings = load_settings(env={"STREAMJOBS_QUEUES": "default, bulk,,slow ", "STREAMJOBS_PRIORITY_WEIGHTS": "1,2,3"})
+    settings = load_settings(
+        env={"STREAMJOBS_QUEUES": "default, bulk,,slow ", "STREAMJOBS_PRIORITY_WEIGHTS": "1,2,3"}
+    )
     assert settings.queues == ("default", "bulk", "slow")
     assert settings.priority_weights == (1, 2, 3)
 
@@ -155,15 +180,38 @@ def test_keys_are_read_from_where_everybody_has_them():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lease", "soon"), ("lease", "0"), ("lease", "-1"), ("lease", "nan"), ("lease", "inf"), ("lease", ""),
-        ("concurrency", "0"), ("concurrency", "1.5"), ("concurrency", "many"), ("partitions", "0"),
-        ("partitions", "100000"), ("max_attempts", "0"), ("port", "70000"), ("port", "-1"), ("queues", ""),
-        ("queues", "a b"), ("queues", "a|b"), ("queues", "a:b"), ("queues", "a*"), ("priority_weights", "1,2"),
-        ("priority_weights", "0,0,0"), ("priority_weights", "1,2,-3"), ("priority_weights", "a,b,c"),
-        ("provider", "opneai"), ("owner_limit", "-1"), ("drain_grace", "-0.5"), ("send_timeout", "0"),
-        ("redis_timeout", "1e400"), ("page_events", "0"), ("retention", "0"),
+        ("lease", "soon"),
+        ("lease", "0"),
+        ("lease", "-1"),
+        ("lease", "nan"),
+        ("lease", "inf"),
+        ("lease", ""),
+        ("concurrency", "0"),
+        ("concurrency", "1.5"),
+        ("concurrency", "many"),
+        ("partitions", "0"),
+        ("partitions", "100000"),
+        ("max_attempts", "0"),
+        ("port", "70000"),
+        ("port", "-1"),
+        ("queues", ""),
+        ("queues", "a b"),
+        ("queues", "a|b"),
+        ("queues", "a:b"),
+        ("queues", "a*"),
+        ("priority_weights", "1,2"),
+        ("priority_weights", "0,0,0"),
+        ("priority_weights", "1,2,-3"),
+        ("priority_weights", "a,b,c"),
+        ("provider", "opneai"),
+        ("owner_limit", "-1"),
+        ("drain_grace", "-0.5"),
+        ("send_timeout", "0"),
+        ("redis_timeout", "1e400"),
+        ("page_events", "0"),
+        ("retention", "0"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_value_names_its_setting(name: str, value: str):
     """An error deep inside a worker, or a worker that spins, instead of one line at the start."""
     with pytest.raises(ConfigError, match=f"^setting '{name}"):
@@ -184,8 +232,9 @@ def test_a_bad_value_names_its_setting(name: str, value: str):
     ],
 )
 def test_variables_that_kubernetes_injects_are_explained(variable: str, value: str):
-    """A Service named streamjobs would stop every pod with `unknown setting 'service_host'`, and nobody knows from where."""
-    with pytest.raises(ConfigError, match=f"{variable} .*enableServiceLinks: false"):
+    """A Service named streamjobs would stop every pod with `unknown setting 'service_host'`, and nobody
+    knows from where."""
+    with pytest.raises(ConfigError, match=rf"{variable} .*enableServiceLinks: false"):
         load_settings(env={variable: value})
 
 

@@ -28,13 +28,51 @@ def test_the_beginning_has_two_names(text: str):
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "1", "-", "1-", "-1", "-1-2", "1--2", "1-2-3", "+1-2", "1-+2", "1_0-2", "1.0-2", "1e3-2", "0x1-2",
-        "01-2", "1-02", "00-0", "00", " 1-2", "1-2 ", "1-2\n", "\n1-2", "1-2\x00", "\x001-2", "1-2,3-4", "$", "*", "(1-2",
-        "nan-1", "٣-٤", "²-1", "１-２", "1‐2", "1−2", "9" * 17 + "-1", "1-" + "9" * 17, "9" * 5000, "null", "😀",
+        "",
+        " ",
+        "1",
+        "-",
+        "1-",
+        "-1",
+        "-1-2",
+        "1--2",
+        "1-2-3",
+        "+1-2",
+        "1-+2",
+        "1_0-2",
+        "1.0-2",
+        "1e3-2",
+        "0x1-2",
+        "01-2",
+        "1-02",
+        "00-0",
+        "00",
+        " 1-2",
+        "1-2 ",
+        "1-2\n",
+        "\n1-2",
+        "1-2\x00",
+        "\x001-2",
+        "1-2,3-4",
+        "$",
+        "*",
+        "(1-2",
+        "nan-1",
+        "٣-٤",
+        "²-1",
+        "\uff11-\uff12",
+        "1\u20102",
+        "1\u22122",
+        "9" * 17 + "-1",
+        "1-" + "9" * 17,
+        "9" * 5000,
+        "null",
+        "😀",
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_refused(text: str):
-    """Garbage would reach a Redis command as part of an id: an error there, or another position than was meant."""
+    """Garbage would reach a Redis command as part of an id: an error there, or another position than was
+    meant."""
     with pytest.raises(InvalidCursor):
         parse_cursor(text)
 
@@ -53,9 +91,10 @@ def test_events_are_ordered_by_their_numbers():
     """As text, event 10 would come before event 9, and a viewer would skip it."""
     ids = ["10-5", "9-99", "2-1", "10-4"]
     assert sorted(ids, key=parse_cursor) == ["2-1", "9-99", "10-4", "10-5"]
-    assert START < parse_cursor("1-1")
+    assert parse_cursor("1-1") > START
 
 
 def test_histories_with_the_same_number_differ():
-    """After a failover that lost a tail, event 7 may be another event 7: comparing numbers alone would splice."""
+    """After a failover that lost a tail, event 7 may be another event 7: comparing numbers alone would
+    splice."""
     assert parse_cursor("7-100") != parse_cursor("7-200")

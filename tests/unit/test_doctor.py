@@ -106,7 +106,11 @@ DAMAGED_LOGS: dict[str, tuple[str, Head, list[Entry]]] = {
     "it ended and did not": ("one_end", head("running"), WHOLE),
     "it did not end and has": ("one_end", head("completed", WHOLE[:3]), WHOLE[:3]),
     "it ended twice": ("one_end", head("completed", [*WHOLE, QUEUED]), renumbered([*WHOLE, COMPLETED])),
-    "something follows the end": ("one_end", head("completed", [*WHOLE, QUEUED]), renumbered([*WHOLE, DELTA])),
+    "something follows the end": (
+        "one_end",
+        head("completed", [*WHOLE, QUEUED]),
+        renumbered([*WHOLE, DELTA]),
+    ),
     "it began without a submission": ("lifecycle", head("running", WHOLE[1:3]), renumbered(WHOLE[1:3])),
     "it started twice": ("lifecycle", head("running", WHOLE[:3]), renumbered([QUEUED, STARTED, STARTED])),
     "the head says something else": ("lifecycle", head("waiting", WHOLE[:3]), WHOLE[:3]),
@@ -120,11 +124,20 @@ DAMAGED_LOGS: dict[str, tuple[str, Head, list[Entry]]] = {
         head("running", WHOLE[:3]),
         [QUEUED, STARTED, entry(3, 201, "text.delta", turn=1, text="x")],
     ),
-    "a worker wrote without a lease": ("one_writer", head("running", WHOLE[:2]), [QUEUED, entry(2, 100, "x.mine")]),
+    "a worker wrote without a lease": (
+        "one_writer",
+        head("running", WHOLE[:2]),
+        [QUEUED, entry(2, 100, "x.mine")],
+    ),
     "a lease is older than the one before": (
         "one_writer",
         head("running", TOOLS[:4]),
-        [QUEUED, STARTED, entry(3, 250, "job.lost", worker="w"), entry(4, 150, "job.started", attempt=1, worker="v")],
+        [
+            QUEUED,
+            STARTED,
+            entry(3, 250, "job.lost", worker="w"),
+            entry(4, 150, "job.started", attempt=1, worker="v"),
+        ],
     ),
     "a result does not decode": (
         "lifecycle",
@@ -136,8 +149,12 @@ DAMAGED_LOGS: dict[str, tuple[str, Head, list[Entry]]] = {
         head("running", [*TOOLS, DELTA]),
         [*TOOLS, entry(6, 200, "tool.failed", call_id="c", error={"code": "e", "message": "m"})],
     ),
-    "a tool started after the cancel": ("no_tool_after_cancel", head("running", CANCELLED_TOO_LATE), CANCELLED_TOO_LATE),
-}  # fmt: skip
+    "a tool started after the cancel": (
+        "no_tool_after_cancel",
+        head("running", CANCELLED_TOO_LATE),
+        CANCELLED_TOO_LATE,
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGED_LOGS)
@@ -147,7 +164,9 @@ def test_a_damaged_log_is_found(damage: str):
     assert check in checks(check_log(found_head, log))
 
 
-@pytest.mark.parametrize("scripts_own", ["job.cancel_requested", "signal.received", "timer.fired", "job.paused"])
+@pytest.mark.parametrize(
+    "scripts_own", ["job.cancel_requested", "signal.received", "timer.fired", "job.paused"]
+)
 def test_events_of_the_scripts_may_have_any_epoch(scripts_own: str):
     """Every cancelled or signalled job would be reported."""
     log = [QUEUED, STARTED, entry(3, 999, scripts_own, name="x", key="k")]
@@ -211,9 +230,13 @@ def test_keys_that_expire_apart_are_found(damage: str):
 
 
 def test_every_check_of_one_job_is_made_to_fail_here():
-    """A check that cannot fail is no check. Those of the whole store are made to fail in the integration test."""
+    """A check that cannot fail is no check. Those of the whole store are made to fail in the integration
+    test."""
     of_the_store = {"known_keys", "no_ghosts", "totals"}
-    assert {check for check, _, _ in DAMAGED_LOGS.values()} | {"one_place", "one_expiry"} | of_the_store == set(CHECKS)
+    assert {check for check, _, _ in DAMAGED_LOGS.values()} | {
+        "one_place",
+        "one_expiry",
+    } | of_the_store == set(CHECKS)
 
 
 def test_a_report_is_healthy_without_violations_only():

@@ -1,4 +1,5 @@
-"""Events outlive every release, and travel as lines: through Redis, SSE, NDJSON and other people's parsers."""
+"""Events outlive every release, and travel as lines: through Redis, SSE, NDJSON and other people's
+parsers."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from streamjobs import events as ev
 from streamjobs.errors import Invalid
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RELEASED = [json.loads(line) for path in sorted(GOLDEN.glob("events-*.jsonl")) for line in path.read_text().splitlines()]
+RELEASED = [
+    json.loads(line)
+    for path in sorted(GOLDEN.glob("events-*.jsonl"))
+    for line in path.read_text().splitlines()
+]
 
 # every character that some reader somewhere takes for the end of a line
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -64,7 +69,8 @@ def by_type(event: ev.Event) -> str:
 
 @pytest.mark.parametrize("event", EXAMPLES, ids=by_type)
 def test_an_event_is_one_line_that_begins_with_its_time(event: ev.Event):
-    """Scripts put `"ts":…` in front of what callers encode: one that has it elsewhere would carry it twice."""
+    """Scripts put `"ts":…` in front of what callers encode: one that has it elsewhere would carry it
+    twice."""
     line = ev.encode_event(event)
     assert line.startswith(b'{"ts":%d' % event.ts)
     assert line.decode().splitlines() == [line.decode()]
@@ -97,11 +103,11 @@ def test_every_type_is_in_the_golden_files():
 
 def test_what_ends_a_job_and_what_is_a_delta_is_said_by_hand():
     """Viewers stop at terminal events and workers skip deltas: a wrong set loses data without a word."""
-    assert ev.TERMINAL == {"job.completed", "job.failed", "job.cancelled"}
-    assert ev.DELTAS == {"text.delta", "reasoning.delta"}
+    assert {"job.completed", "job.failed", "job.cancelled"} == ev.TERMINAL
+    assert {"text.delta", "reasoning.delta"} == ev.DELTAS
 
 
-@given(st.text(alphabet=st.sampled_from(LINE_ENDS + "aé😀\"\\"), min_size=1, max_size=20))
+@given(st.text(alphabet=st.sampled_from(LINE_ENDS + 'aé😀"\\'), min_size=1, max_size=20))
 def test_no_character_ends_the_line_early(text: str):
     """A U+2028 in an answer cut its event in two for every client that reads lines with str.splitlines()."""
     event = ev.TextDelta(ts=1, turn=1, text=text)
@@ -111,7 +117,11 @@ def test_no_character_ends_the_line_early(text: str):
     assert json.loads(line)["text"] == text
 
 
-@given(st.dictionaries(st.text(alphabet=LINE_ENDS + "a", max_size=3), st.text(alphabet=LINE_ENDS, max_size=3), max_size=3))
+@given(
+    st.dictionaries(
+        st.text(alphabet=LINE_ENDS + "a", max_size=3), st.text(alphabet=LINE_ENDS, max_size=3), max_size=3
+    )
+)
 def test_nor_in_the_names_of_users_values(value: dict[str, str]):
     """Keys of a user's dictionary reach the log too."""
     line = ev.encode_json(value)
@@ -157,7 +167,8 @@ def test_damage_is_an_error_of_ours(kind: str, content: bytes):
 
 @pytest.mark.parametrize("content", [b"1e999", b"9" * 5000, b'"\xff"', b"", b"{"])
 def test_raw_content_that_no_reader_understands_is_an_error_of_ours(content: bytes):
-    """msgspec passes over what it does not decode: such an input was stored, and no view of its job could be made."""
+    """msgspec passes over what it does not decode: such an input was stored, and no view of its job could
+    be made."""
     with pytest.raises(Invalid):
         ev.decode_raw(msgspec.Raw(content))
 

@@ -44,8 +44,18 @@ MINE = ev.Unknown(ts=15)
 STORIES: dict[str, tuple[list[Event], dict[str, Any]]] = {
     "submitted": (
         [QUEUED],
-        {"status": "queued", "kind": "chat", "owner": "anna", "queue": "default", "created_ms": 1, "attempt": 1,
-         "input": {"prompt": "Hi"}, "started_ms": None, "ended_ms": None, "cursor": "1-7"},
+        {
+            "status": "queued",
+            "kind": "chat",
+            "owner": "anna",
+            "queue": "default",
+            "created_ms": 1,
+            "attempt": 1,
+            "input": {"prompt": "Hi"},
+            "started_ms": None,
+            "ended_ms": None,
+            "cursor": "1-7",
+        },
     ),
     "submitted for later": ([DELAYED], {"status": "scheduled", "input": None}),
     "submitted over the limit": ([HELD], {"status": "queued", "held": "owner_limit"}),
@@ -60,8 +70,14 @@ STORIES: dict[str, tuple[list[Event], dict[str, Any]]] = {
         [QUEUED, STARTED, COMPLETED],
         {"status": "completed", "result": {"text": "Hello"}, "ended_ms": 90, "error": None, "cursor": "3-7"},
     ),
-    "it failed": ([QUEUED, STARTED, FAILED], {"status": "failed", "ended_ms": 91, "error": FAILED.error, "result": None}),
-    "one attempt failed": ([QUEUED, STARTED, RETRYING], {"status": "scheduled", "error": ERROR, "worker": ""}),
+    "it failed": (
+        [QUEUED, STARTED, FAILED],
+        {"status": "failed", "ended_ms": 91, "error": FAILED.error, "result": None},
+    ),
+    "one attempt failed": (
+        [QUEUED, STARTED, RETRYING],
+        {"status": "scheduled", "error": ERROR, "worker": ""},
+    ),
     "the second went well": (
         [QUEUED, STARTED, RETRYING, REQUEUED, STARTED_AGAIN, COMPLETED],
         {"status": "completed", "attempt": 2, "error": None, "started_ms": 10, "worker": "w2"},
@@ -73,10 +89,22 @@ STORIES: dict[str, tuple[list[Event], dict[str, Any]]] = {
         {"status": "failed", "crashes": 2, "ended_ms": 91},
     ),
     "another worker went on": ([QUEUED, STARTED, LOST, STARTED_AGAIN], {"status": "running", "worker": "w2"}),
-    "its worker drained": ([QUEUED, STARTED, ev.JobRequeued(ts=20, why="yield")], {"status": "queued", "worker": ""}),
-    "it waits for somebody": ([QUEUED, STARTED, WAITING], {"status": "waiting", "waiting_for": "approval", "worker": ""}),
+    "its worker drained": (
+        [QUEUED, STARTED, ev.JobRequeued(ts=20, why="yield")],
+        {"status": "queued", "worker": ""},
+    ),
+    "it waits for somebody": (
+        [QUEUED, STARTED, WAITING],
+        {"status": "waiting", "waiting_for": "approval", "worker": ""},
+    ),
     "somebody answered": (
-        [QUEUED, STARTED, WAITING, ev.SignalReceived(ts=21, name="approval"), ev.JobRequeued(ts=21, why="signal")],
+        [
+            QUEUED,
+            STARTED,
+            WAITING,
+            ev.SignalReceived(ts=21, name="approval"),
+            ev.JobRequeued(ts=21, why="signal"),
+        ],
         {"status": "queued", "waiting_for": None},
     ),
     "it sleeps": ([QUEUED, STARTED, SLEEPING], {"status": "scheduled", "waiting_for": "timer"}),
@@ -104,10 +132,16 @@ STORIES: dict[str, tuple[list[Event], dict[str, Any]]] = {
     "it waited too long": ([QUEUED, STARTED, WAITING, FAILED], {"status": "failed"}),
     "paused for too long": ([QUEUED, PAUSED, FAILED], {"status": "failed"}),
     "events of others change only the position": (
-        [QUEUED, STARTED, MINE, ev.ChildSpawned(ts=16, job="j"), ev.ChildEnded(ts=17, job="j", status="failed")],
+        [
+            QUEUED,
+            STARTED,
+            MINE,
+            ev.ChildSpawned(ts=16, job="j"),
+            ev.ChildEnded(ts=17, job="j", status="failed"),
+        ],
         {"status": "running", "cursor": "5-7"},
     ),
-}  # fmt: skip
+}
 
 
 def folded(events: list[Event]) -> Fold:
@@ -163,16 +197,28 @@ MOVES: list[Event] = [
 ]  # fmt: skip
 
 NO_MOVES: list[Event] = [
-    MINE, CANCEL_REQUESTED, ev.JobProgress(percent=1.0), ev.JobLog(message="x"), ev.SignalReceived(name="x"),
-    ev.TimerSet(key="k", delay_ms=1), ev.TimerFired(key="k"), ev.TurnStarted(turn=1), ev.TextDelta(turn=1, text="x"),
-    ev.TurnCompleted(turn=1), ev.ToolCalled(call_id="c", tool="t"), ev.StepStarted(key="s"), ev.ChildSpawned(job="j"),
+    MINE,
+    CANCEL_REQUESTED,
+    ev.JobProgress(percent=1.0),
+    ev.JobLog(message="x"),
+    ev.SignalReceived(name="x"),
+    ev.TimerSet(key="k", delay_ms=1),
+    ev.TimerFired(key="k"),
+    ev.TurnStarted(turn=1),
+    ev.TextDelta(turn=1, text="x"),
+    ev.TurnCompleted(turn=1),
+    ev.ToolCalled(call_id="c", tool="t"),
+    ev.StepStarted(key="s"),
+    ev.ChildSpawned(job="j"),
     ev.ArtifactCreated(name="n", media_type="m", size=1, where="w"),
-]  # fmt: skip
+]
 
 PAIRS = [(status, move) for status, move in itertools.product(BEFORE, MOVES)]
 
 
-@pytest.mark.parametrize(("status", "move"), PAIRS, ids=lambda value: value if isinstance(value, str) else value.type)
+@pytest.mark.parametrize(
+    ("status", "move"), PAIRS, ids=lambda value: value if isinstance(value, str) else value.type
+)
 def test_what_may_follow_follows_and_nothing_else(status: str, move: Event):
     """A damaged log would be shown as if it were whole; or a whole one refused."""
     fold = folded(BEFORE[status])
@@ -229,7 +275,8 @@ def test_content_that_cannot_be_read_changes_nothing(damage: bytes):
 
 
 def test_the_terminal_states_are_these():
-    """A state that is taken for the end by mistake leaves its job to nobody; the doctor and scripts know the same three."""
+    """A state that is taken for the end by mistake leaves its job to nobody; the doctor and scripts know
+    the same three."""
     assert {status.value for status in Status if status.is_terminal} == {"completed", "failed", "cancelled"}
     assert len(Status) == 8
 
@@ -241,7 +288,11 @@ DIAGRAM = Path(__file__).parents[2] / "docs" / "lifecycle.md"
 
 def diagram() -> str:
     """The table as a Mermaid diagram, one arrow for all events that lead from one state to another."""
-    lines = ["stateDiagram-v2", "    [*] --> queued: job.queued", "    [*] --> scheduled: job.queued, delayed"]
+    lines = [
+        "stateDiagram-v2",
+        "    [*] --> queued: job.queued",
+        "    [*] --> scheduled: job.queued, delayed",
+    ]
     for status, row in TRANSITIONS.items():
         arrows: dict[str, list[str]] = {}
         for event, after in row.items():
@@ -278,7 +329,11 @@ def restarted(attempt: int, turn: int = 1) -> ev.TurnRestarted:
 
 def test_a_superseded_turn_leaves_nothing_behind():
     """After a crash the reader would see two half answers spliced, and a tool call that nobody made."""
-    lost = [delta("Half a sen"), ev.ReasoningDelta(turn=1, text="Hm"), ev.ToolCalled(call_id="c1", tool="rm", turn=1)]
+    lost = [
+        delta("Half a sen"),
+        ev.ReasoningDelta(turn=1, text="Hm"),
+        ev.ToolCalled(call_id="c1", tool="rm", turn=1),
+    ]
     again = [delta("A whole "), delta("sentence.")]
     view = folded([*TURN, *lost, LOST, STARTED_AGAIN, ev.TurnRestarted(turn=1, attempt=2, supersedes_from=4),
                    *[msgspec.structs.replace(d, attempt=2) for d in again]]).view()  # fmt: skip
@@ -290,7 +345,11 @@ def test_a_superseded_turn_leaves_nothing_behind():
 
 def test_other_turns_stay():
     """Restarting the second turn would take the first one's text and calls away with it."""
-    first = [delta("One. "), ev.ToolCalled(call_id="c1", tool="t", turn=1), ev.TurnCompleted(turn=1, usage=Usage(1, 2))]
+    first = [
+        delta("One. "),
+        ev.ToolCalled(call_id="c1", tool="t", turn=1),
+        ev.TurnCompleted(turn=1, usage=Usage(1, 2)),
+    ]
     second = [ev.TurnStarted(turn=2), delta("Tw", turn=2), ev.ToolCalled(call_id="c2", tool="t", turn=2)]
     view = folded([*TURN, *first, *second, restarted(2, turn=2), delta("Two.", attempt=2, turn=2)]).view()
     assert view.text == "One. Two."
@@ -327,7 +386,8 @@ def test_a_tool_call_is_followed_to_its_outcome():
 
 
 def test_calls_of_two_turns_that_share_an_id_are_two():
-    """Some models number their calls anew in each turn: the second one's outcome would be written into the first."""
+    """Some models number their calls anew in each turn: the second one's outcome would be written into
+    the first."""
     call = ev.ToolCalled(call_id="call_0", tool="t", turn=1)
     again = ev.ToolCalled(call_id="call_0", tool="t", turn=2)
     done = [ev.ToolCompleted(call_id="call_0", output=n) for n in (1, 2)]
@@ -337,15 +397,22 @@ def test_calls_of_two_turns_that_share_an_id_are_two():
 
 def test_the_rest_of_the_view_is_folded():
     """Steps, progress, usage, artifacts and log lines are what a workflow's page consists of."""
-    view = folded([
-        *TURN,
-        ev.JobProgress(percent=10.0), ev.JobProgress(percent=20.0, step=1, steps=5, message="scan"),
-        ev.StepStarted(key="a"), ev.StepCompleted(key="a", output=1), ev.StepStarted(key="b", attempt=2),
-        ev.StepFailed(key="b", error=ERROR), ev.StepCompleted(key="unheard", output=3),
-        ev.JobLog(ts=5, level="info", message="m", data=1),
-        ev.ArtifactCreated(name="n", media_type="t", size=3, where="w"),
-        ev.TurnCompleted(turn=1, finish_reason="stop", usage=Usage(1, 2)), ev.TurnCompleted(turn=2, usage=Usage(10, 20)),
-    ]).view()  # fmt: skip
+    view = folded(
+        [
+            *TURN,
+            ev.JobProgress(percent=10.0),
+            ev.JobProgress(percent=20.0, step=1, steps=5, message="scan"),
+            ev.StepStarted(key="a"),
+            ev.StepCompleted(key="a", output=1),
+            ev.StepStarted(key="b", attempt=2),
+            ev.StepFailed(key="b", error=ERROR),
+            ev.StepCompleted(key="unheard", output=3),
+            ev.JobLog(ts=5, level="info", message="m", data=1),
+            ev.ArtifactCreated(name="n", media_type="t", size=3, where="w"),
+            ev.TurnCompleted(turn=1, finish_reason="stop", usage=Usage(1, 2)),
+            ev.TurnCompleted(turn=2, usage=Usage(10, 20)),
+        ]
+    ).view()
     assert (view.progress.percent, view.progress.steps) == (20.0, 5) if view.progress else False
     assert [(s.key, s.state, s.attempt, s.output, s.error) for s in view.steps] == [
         ("a", "completed", 1, 1, None), ("b", "failed", 2, None, ERROR), ("unheard", "completed", 1, 3, None),
@@ -359,12 +426,25 @@ def test_the_rest_of_the_view_is_folded():
 # --- views and cost
 
 EVERYTHING: list[Event] = [
-    *TURN, delta("a"), ev.ToolCalled(call_id="c", tool="t", turn=1), ev.StepStarted(key="s"), ev.JobLog(message="m"),
-    ev.ArtifactCreated(name="n", media_type="t", size=1, where="w"), ev.ReasoningDelta(turn=1, text="r"),
-    delta("b"), ev.ToolCompleted(call_id="c", output=1), ev.StepCompleted(key="s", output=1), ev.JobLog(message="m2"),
-    ev.ArtifactCreated(name="n2", media_type="t", size=1, where="w"), ev.TurnCompleted(turn=1, finish_reason="stop"),
-    ev.TurnStarted(turn=2), delta("c", turn=2), restarted(2), delta("d", attempt=2), COMPLETED,
-]  # fmt: skip
+    *TURN,
+    delta("a"),
+    ev.ToolCalled(call_id="c", tool="t", turn=1),
+    ev.StepStarted(key="s"),
+    ev.JobLog(message="m"),
+    ev.ArtifactCreated(name="n", media_type="t", size=1, where="w"),
+    ev.ReasoningDelta(turn=1, text="r"),
+    delta("b"),
+    ev.ToolCompleted(call_id="c", output=1),
+    ev.StepCompleted(key="s", output=1),
+    ev.JobLog(message="m2"),
+    ev.ArtifactCreated(name="n2", media_type="t", size=1, where="w"),
+    ev.TurnCompleted(turn=1, finish_reason="stop"),
+    ev.TurnStarted(turn=2),
+    delta("c", turn=2),
+    restarted(2),
+    delta("d", attempt=2),
+    COMPLETED,
+]
 
 
 def test_a_view_is_not_changed_by_what_comes_later():
@@ -414,7 +494,8 @@ class Counted(str):
 
 
 def test_folding_n_events_costs_n():
-    """An answer of 100,000 tokens would be copied 100,000 times, and a job of many steps searched for each one."""
+    """An answer of 100,000 tokens would be copied 100,000 times, and a job of many steps searched for
+    each one."""
     n = 2000
     Counted.sums = Counted.comparisons = 0
     deltas = [delta(Counted("ab")) for _ in range(n)]

@@ -40,7 +40,8 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_of_key_is_known(name: str):
-    """The doctor and the leak check after each test would call a good key a leak, or look for the wrong thing."""
+    """The doctor and the leak check after each test would call a good key a leak, or look for the wrong
+    thing."""
     key = keys.classify(name)
     assert key is not None
     assert (key.type, key.lifetime) == NAMES[name]
@@ -55,11 +56,26 @@ def test_every_declared_key_has_an_example_here():
 @pytest.mark.parametrize(
     "name",
     [
-        "", "leases", "sj:leases", "sj:{}:leases", "sj:{0}leases", "sj:{0}:leases2", "sj:{0}:leases:x", "xsj:{0}:leases",
-        "sj:{a}:leases", "sj:{0}:job:", "sj:{0}:job:j0-short", f"sj:{{0}}:job:{JOB}:other", f"sj:{{0}}:job:{JOB.upper()}",
-        "sj:{0}:idem:", "sj:{0}:owner:anna", "sj:{0}:work", "sj:{0}:leases\n", "sj:meta:x",
+        "",
+        "leases",
+        "sj:leases",
+        "sj:{}:leases",
+        "sj:{0}leases",
+        "sj:{0}:leases2",
+        "sj:{0}:leases:x",
+        "xsj:{0}:leases",
+        "sj:{a}:leases",
+        "sj:{0}:job:",
+        "sj:{0}:job:j0-short",
+        f"sj:{{0}}:job:{JOB}:other",
+        f"sj:{{0}}:job:{JOB.upper()}",
+        "sj:{0}:idem:",
+        "sj:{0}:owner:anna",
+        "sj:{0}:work",
+        "sj:{0}:leases\n",
+        "sj:meta:x",
     ],
-)  # fmt: skip
+)
 def test_any_other_name_is_unknown(name: str):
     """A key that a script writes by mistake would pass for one of ours, and stay for ever."""
     assert keys.classify(name) is None
@@ -77,10 +93,26 @@ def test_a_new_id_says_its_partition_and_nothing_else(partition: int):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "j0", "j0-", "j-aaaaaaaaaaaaaaaaaaaaaaaaaa", "j00-aaaaaaaaaaaaaaaaaaaaaaaaaa", "j0-" + "a" * 25, "j0-" + "a" * 27,
-     "j0-" + "A" * 26, "j0-" + "a" * 25 + "1", "j0-" + "a" * 25 + "\n", "j0-" + "a" * 26 + "\n", "j12345-" + "a" * 26,
-     "j٣-" + "a" * 26, "j0-" + "a" * 25 + "}", "../j0-" + "a" * 26, "j0-" + "a" * 26 + ":events"],
-)  # fmt: skip
+    [
+        "",
+        "x",
+        "j0",
+        "j0-",
+        "j-aaaaaaaaaaaaaaaaaaaaaaaaaa",
+        "j00-aaaaaaaaaaaaaaaaaaaaaaaaaa",
+        "j0-" + "a" * 25,
+        "j0-" + "a" * 27,
+        "j0-" + "A" * 26,
+        "j0-" + "a" * 25 + "1",
+        "j0-" + "a" * 25 + "\n",
+        "j0-" + "a" * 26 + "\n",
+        "j12345-" + "a" * 26,
+        "j٣-" + "a" * 26,
+        "j0-" + "a" * 25 + "}",
+        "../j0-" + "a" * 26,
+        "j0-" + "a" * 26 + ":events",
+    ],
+)
 def test_what_cannot_be_an_id_is_not_found(text: str):
     """Text from a URL would become part of a key: of somebody else's, or of one that is none of ours."""
     with pytest.raises(JobNotFound):
@@ -104,7 +136,12 @@ def test_an_owner_has_one_partition(owner: str, partitions: int):
 
 def test_owners_stay_where_they_are():
     """After an update every owner's jobs, limits and idempotency keys would be looked for elsewhere."""
-    assert [keys.partition_of_owner(owner, 16) for owner in ("anonymous", "anna", "bob@example.org", "")] == [14, 7, 12, 0]
+    assert [keys.partition_of_owner(owner, 16) for owner in ("anonymous", "anna", "bob@example.org", "")] == [
+        14,
+        7,
+        12,
+        0,
+    ]
 
 
 def test_a_child_is_found_again_by_its_key():
@@ -112,7 +149,10 @@ def test_a_child_is_found_again_by_its_key():
     child = keys.child_job_id(JOB, "part-1")
     assert child == keys.child_job_id(JOB, "part-1") == "j3-iv5evn6m7755zqutymttoxesee"
     assert keys.partition_of_job(child) == 3
-    assert len({child, keys.child_job_id(JOB, "part-2"), keys.child_job_id("j3-" + "a" * 26, "part-1"), JOB}) == 4
+    assert (
+        len({child, keys.child_job_id(JOB, "part-2"), keys.child_job_id("j3-" + "a" * 26, "part-1"), JOB})
+        == 4
+    )
 
 
 def test_an_owners_keys_are_its_own():

@@ -1,4 +1,5 @@
-"""Back-off: never at once, never for ever, never all together, and as long as the other side asks, within reason."""
+"""Back-off: never at once, never for ever, never all together, and as long as the other side asks, within
+reason."""
 
 from __future__ import annotations
 
@@ -68,9 +69,22 @@ def test_seconds_and_http_dates_are_read(value: str, seconds: float):
 
 @pytest.mark.parametrize(
     "value",
-    [None, "", "soon", "nan", "inf", "-inf", "1e999", "Sun, 99 Jun 2025 15:07:10 GMT", "15:07", "12:", "\x00", "9" * 400,
-     "Sun, 15 Jun 99999999 15:07:10 GMT"],
-)  # fmt: skip
+    [
+        None,
+        "",
+        "soon",
+        "nan",
+        "inf",
+        "-inf",
+        "1e999",
+        "Sun, 99 Jun 2025 15:07:10 GMT",
+        "15:07",
+        "12:",
+        "\x00",
+        "9" * 400,
+        "Sun, 15 Jun 99999999 15:07:10 GMT",
+    ],
+)
 def test_what_is_neither_counts_as_no_wish(value: str | None):
     """A strange header would turn one failed request into a crashed job, or into an endless sleep."""
     assert parse_retry_after(value, NOW) is None

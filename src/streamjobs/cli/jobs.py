@@ -111,9 +111,7 @@ def cancel(job_id: str, reason: str, as_json: bool, url: str, owner: str) -> Non
     if as_json:
         _print_json(answer)
     else:
-        click.echo(
-            f"{job_id}  {answer['status']}" + ("  cancel requested" if answer.get("cancel_requested") else "")
-        )
+        click.echo(f"{job_id}  cancel requested")
 
 
 def _input(prompt: str | None, model: str, agent: str, tools: tuple[str, ...], input_json: str | None) -> Any:

@@ -59,19 +59,30 @@ class _Channel:
         self.is_known = False
 
     def confirm(self) -> None:
+        """Redis has answered the subscription that counts."""
         if self.is_known:
-            for listener in tuple(self.listeners):
-                listener.on_gap()
+            self._tell(lambda listener: listener.on_gap())
         self.is_known = True
         self.stands.set()
 
     def deliver(self, payload: bytes) -> None:
+        """Hand on what was published; what is none of ours is passed over."""
         if self.hear is not None:
-            self.hear(payload.decode())
+            self.hear(payload.decode(errors="replace"))
             return
-        entries = parse_live(payload)
+        try:
+            entries = parse_live(payload)
+        except ValueError:
+            log.warning("live.foreign_message", bytes=len(payload))
+            return
+        self._tell(lambda listener: listener.on_entries(entries))
+
+    def _tell(self, what: Callable[[Listener], None]) -> None:
         for listener in tuple(self.listeners):
-            listener.on_entries(entries)
+            try:
+                what(listener)
+            except Exception:
+                log.exception("live.listener_failed")
 
 
 class Live:

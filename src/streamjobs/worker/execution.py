@@ -121,8 +121,10 @@ class Execution:
             self.journal.close(Fenced("the lease is lost"))
         if self._code is not None and not self._code.done():
             self._code.cancel()
-            give_up = self._loop.call_later(self._services.settings.cancel_timeout, self._settle)
-            self._timers.append(give_up)
+            timeout = self._services.settings.cancel_timeout
+            # on Python 3.11 `wait_for` may swallow the first one
+            self._timers.append(self._loop.call_later(timeout / 2, self._code.cancel))
+            self._timers.append(self._loop.call_later(timeout, self._settle))
 
     def _on_change(self, journal: Journal) -> None:
         if journal.closed is not None:
@@ -159,18 +161,17 @@ class Execution:
     async def _drop(self, code: asyncio.Task[Any]) -> None:
         """The worker drops everything: let the code close what it has open."""
         self._stopped = self._stopped or "fenced"
+        self._leave_behind(code)
         code.cancel()
         await asyncio.wait({code}, timeout=_UNWIND_TIMEOUT)
-        if not code.done():
-            self._leave_behind(code)
 
     def _leave_behind(self, code: asyncio.Task[Any]) -> None:
-        log.error("job.ignores_cancellation", job_id=self.lease.job_id, kind=self.lease.kind)
         self._services.left_behind.add(code)
         code.add_done_callback(self._services.left_behind.discard)
 
     def _ending_of(self, code: asyncio.Task[_Ending | None]) -> _Ending | None:
         if not code.done():
+            log.error("job.ignores_cancellation", job_id=self.lease.job_id, kind=self.lease.kind)
             self._leave_behind(code)
             return self._stopped_ending()
         if self._stopped is None:
@@ -187,6 +188,8 @@ class Execution:
             history = await self._load()
             if history.was_lost:
                 await self.journal.begin()  # code that crashes at once must count, too
+            if self._stopped is not None:
+                return self._stopped_ending()
             fault("after_load")
             self._max_attempts = history.submission.max_attempts or self._max_attempts
             return _completed(await self._run(history), self._services)

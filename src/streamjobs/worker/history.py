@@ -14,7 +14,6 @@ from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.store import Entry
 
-
 _INTERRUPTIONS = {
     "job.lost": "the worker before was lost",
     "job.retrying": "the attempt before failed",

@@ -178,7 +178,7 @@ class Journal:
         return self.seq
 
     async def begin(self) -> None:
-        """Commit a batch, without events if there are none: from then on losing the lease counts as a crash."""
+        """Commit a batch, empty if need be: from then on losing the lease counts as a crash."""
         self._require_open()
         self._is_beginning = True
         self._committer.ready(self)

@@ -129,12 +129,11 @@ class Worker:
     async def _stop_everything(
         self, loops: set[asyncio.Task[None]], keeper: LeaseKeeper, providers: Providers
     ) -> None:
-        tasks = {*self._tasks, *loops}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        _, left = await asyncio.wait(tasks, timeout=_STOP_TIMEOUT)
-        for t in left:
-            print("LEFT", t)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_STOP_TIMEOUT)
+        await cancel_all(loops)
         await keeper.aclose()
         await providers.aclose()
         with contextlib.suppress(StreamjobsError):
@@ -320,6 +319,15 @@ class Worker:
             heartbeat_ms=self._clock.now_ms(),
             draining=self._draining.is_set(),
         )
+
+
+async def cancel_all(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they end: on Python 3.11 `wait_for`, and so redis-py, may swallow a cancellation."""
+    deadline = time.monotonic() + _STOP_TIMEOUT
+    while tasks and time.monotonic() < deadline:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=0.1)
 
 
 def disown(tasks: Iterable[asyncio.Task[Any]]) -> None:
