@@ -532,7 +532,7 @@ async def test_sigterm_with_redis_away_ends_within_its_bound(own_redis: RedisPro
 
 
 async def test_a_loop_that_fails_ends_the_worker(redis: RedisProcess, monkeypatch: pytest.MonkeyPatch):
-    """A worker that keeps its leases and writes nothing is worse than none: nobody would take its jobs over."""
+    """A worker that keeps its leases and writes nothing is worse than none: nobody takes its jobs over."""
 
     async def fails(self: Any) -> None:
         await asyncio.sleep(0.1)

@@ -1,8 +1,9 @@
-"""A stop may come at any point of a job's run: the job gets the outcome that it says, once, and never hangs."""
+"""A stop may come at any point of a job's run: the job gets the outcome that it says, once, and ends."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -71,11 +72,12 @@ class Bench(NamedTuple):
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    async for made in _made():
-        yield made
+    async with made() as bench:
+        yield bench
 
 
-async def _made(workflow: Any = None, **changes: Any) -> AsyncIterator[Bench]:
+@contextlib.asynccontextmanager
+async def made(workflow: Any = None, **changes: Any) -> AsyncIterator[Bench]:
     settings = Settings(**({"cancel_timeout": 0.2} | changes))
     work, log, started, may_end = FakeWork(), Log(), asyncio.Event(), asyncio.Event()
     app = App(builtin_tools=False)
@@ -194,7 +196,7 @@ async def test_code_that_ignores_its_cancellation_is_left_behind_at_last():
             except asyncio.CancelledError:
                 continue
 
-    async for bench in _made(stubborn):
+    async with made(stubborn) as bench:
         task = asyncio.create_task(bench.execution.run())
         await asyncio.sleep(0.05)
         bench.execution.stop("timeout")
@@ -206,7 +208,7 @@ async def test_code_that_ignores_its_cancellation_is_left_behind_at_last():
 
 
 async def test_a_cancellation_that_a_library_swallows_is_said_again():
-    """`asyncio.wait_for` of Python 3.11 loses a cancellation that meets its result; the job must stop all the same."""
+    """`wait_for` of Python 3.11 loses a cancellation that meets its result; the job must stop all the same."""
     swallowed: list[int] = []
 
     async def loses_one(ctx: Any) -> None:
@@ -216,7 +218,7 @@ async def test_a_cancellation_that_a_library_swallows_is_said_again():
             swallowed.append(1)
         await asyncio.sleep(3600)
 
-    async for bench in _made(loses_one):
+    async with made(loses_one) as bench:
         task = asyncio.create_task(bench.execution.run())
         await asyncio.sleep(0.05)
         bench.execution.stop("cancel")
