@@ -62,27 +62,11 @@ async def serving(url: str, app: App | None = None, **changes: Any) -> AsyncIter
         try:
             yield Served(base, gateway, store, client)
         finally:
-            step = "drain"
-            try:
-                async with asyncio.timeout(8):
-                    await gateway.drain(0.0)
-                    server.should_exit = True
-                    step = "server"
-                    await task
-                    step = "gw"
-                    await gateway.aclose()
-                    step = "store"
-                    await store.aclose()
-            except TimeoutError:
-                import io
-
-                out = io.StringIO()
-                print("STEP", step, file=out)
-                for t in asyncio.all_tasks():
-                    t.print_stack(file=out)
-                print(server.server_state.connections, server.server_state.tasks, file=out)
-                open("/tmp/hang.txt", "a").write(out.getvalue())
-                raise
+            await gateway.drain(0.0)
+            server.should_exit = True
+            await task
+            await gateway.aclose()
+            await store.aclose()
 
 
 def settings_of(served: Served) -> Settings:

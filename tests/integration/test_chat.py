@@ -12,7 +12,7 @@ from streamjobs.app import App, ToolContext
 from streamjobs.testing import Scenario, ScriptedCall, Turn
 from streamjobs.testing.scenario import ScriptedUsage
 from tests.conftest import RedisProcess
-from tests.harness import Lab, one_outcome_each, says, talking
+from tests.harness import Lab, lab, one_outcome_each, says, talking, working
 
 FORMATS = ["openai:scripted", "anthropic:scripted"]
 
@@ -318,6 +318,75 @@ async def test_a_tools_progress_is_recorded_while_it_runs(redis: RedisProcess):
         await bench.ended(job_id)
         kinds = [kind for kind in await bench.types(job_id) if kind.startswith("tool.")]
         assert kinds == ["tool.called", "tool.started", "tool.progress", "tool.completed"]
+
+
+async def test_a_tool_waits_until_its_start_is_in_the_log(
+    redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+):
+    """An effect before its record is one that a crash forgets, and the next worker repeats."""
+    runs: list[str] = []
+    app = App(builtin_tools=False)
+
+    @app.tool(effect="once")
+    async def pays() -> str:
+        """Pay."""
+        runs.append("paid")
+        return "paid"
+
+    scenario = Scenario(turns=[calls(a_call("pays")), Turn(text="ok")])
+    async with lab(redis.url, scenario) as bench:
+        held, may_go, append = asyncio.Event(), asyncio.Event(), bench.store.work.append
+
+        async def slow_append(partition: int, batches: Any, **options: Any) -> Any:
+            if any(kind == "tool.started" for batch in batches for kind, _ in batch.events):
+                held.set()
+                await may_go.wait()
+            return await append(partition, batches, **options)
+
+        monkeypatch.setattr(bench.store.work, "append", slow_append)
+        async with working(bench.store, app):
+            job_id = await bench.chat(tools=["pays"])
+            await held.wait()
+            await asyncio.sleep(0.1)
+            assert runs == []
+            may_go.set()
+            assert (await bench.ended(job_id)).text == "ok"
+            assert runs == ["paid"]
+
+
+async def test_tools_wait_until_their_turn_is_in_the_log(
+    redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+):
+    """A call that nobody recorded must not act: a restarted turn may call something else."""
+    runs: list[str] = []
+    app = App(builtin_tools=False)
+
+    @app.tool(effect="pure")
+    async def looks() -> str:
+        """Look."""
+        runs.append("looked")
+        return "seen"
+
+    scenario = Scenario(turns=[calls(a_call("looks")), Turn(text="ok")])
+    async with lab(redis.url, scenario) as bench:
+        held, may_go, append = asyncio.Event(), asyncio.Event(), bench.store.work.append
+
+        async def slow_append(partition: int, batches: Any, **options: Any) -> Any:
+            kinds = [kind for batch in batches for kind, _ in batch.events]
+            if "turn.completed" in kinds and not may_go.is_set():
+                assert "tool.started" not in kinds
+                held.set()
+                await may_go.wait()
+            return await append(partition, batches, **options)
+
+        monkeypatch.setattr(bench.store.work, "append", slow_append)
+        async with working(bench.store, app):
+            job_id = await bench.chat(tools=["looks"])
+            await held.wait()
+            await asyncio.sleep(0.1)
+            assert runs == []
+            may_go.set()
+            assert (await bench.ended(job_id)).text == "ok"
 
 
 async def test_rounds_are_limited(redis: RedisProcess):

@@ -151,6 +151,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "concurrency_key with NUL": ({"concurrency_key": "\x00"}, "concurrency_key"),
     "a typo": ({"priorty": "high"}, "priorty"),
     "chat without a prompt": ({"input": {}}, "input"),
+    "a prompt with NUL": ({"input": {"prompt": "a\x00b"}}, "input"),
+    "NUL behind a backslash": ({"input": {"prompt": "\\\x00"}}, "input"),
+    "NUL deep in metadata": ({"metadata": {"a": [{"b": "\x00"}]}}, "metadata"),
     "chat with an unknown field": ({"input": {"prompt": "a", "tol": 1}}, "input"),
 }
 
@@ -162,6 +165,12 @@ async def test_what_does_not_fit_names_its_field(served: Served, change: dict[st
     assert answer.status_code == 422, problem
     assert problem["field"].split(".")[0] == field, problem
     assert {"type", "title", "status", "code", "detail"} <= set(problem)
+
+
+async def test_text_that_only_looks_like_nul_is_taken(served: Served):
+    """Without it, nobody can ask a model how NUL is written in JSON."""
+    answer = await submit(served, BODY | {"input": {"prompt": "written \\u0000 in JSON"}})
+    assert answer.status_code == 202, answer.text
 
 
 @pytest.mark.parametrize(

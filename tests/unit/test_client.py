@@ -147,7 +147,7 @@ async def test_patience_counts_from_the_first_failure(monkeypatch: pytest.Monkey
 
         return httpx.Response(200, content=body())
 
-    gateway = Gateway(a_minute_later, away, stream(END))
+    gateway = Gateway(away, a_minute_later, away, stream(END))
     assert len(await watched(gateway, patience=30.0)) == 2
 
 

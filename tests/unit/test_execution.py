@@ -208,7 +208,7 @@ async def test_code_that_ignores_its_cancellation_is_left_behind_at_last():
 
 
 async def test_a_cancellation_that_a_library_swallows_is_said_again():
-    """`wait_for` of Python 3.11 loses a cancellation that meets its result; the job must stop all the same."""
+    """`wait_for` of Python 3.11 loses a cancellation that meets its result; the job must still stop."""
     swallowed: list[int] = []
 
     async def loses_one(ctx: Any) -> None:

@@ -40,6 +40,7 @@ MAX_METADATA = 64
 _KEY = re.compile(r"[\x20-\x7e]{1,255}", re.ASCII)
 _WAIT = re.compile(r"\d{1,6}(\.\d{1,3})?", re.ASCII)
 _SEQ = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _PREFER_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=$|[,;])", re.IGNORECASE | re.ASCII)
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10 * 365 * 86400)]
@@ -140,7 +141,8 @@ class JobRoutes:
     def _submission(self, asked: JobRequest, owner: str, key: str, body: bytes) -> Submission:
         if asked.delay is not None and asked.run_at is not None:
             raise Invalid("run_at: not together with delay")
-        raw_input = encode_json(asked.input)
+        raw_input = _without_nul("input", asked.input)
+        _without_nul("metadata", asked.metadata)
         self._registry.check_submission(asked.kind, raw_input)
         workflow = self._registry.workflows.get(asked.kind)
         return Submission(
@@ -192,7 +194,7 @@ class JobRoutes:
     # --- act
 
     async def cancel(self, request: Request) -> Response:
-        """Ask for a job's end. The answer is the same however often it is asked for; the log says the rest."""
+        """Ask for a job's end. The answer is the same however often that is asked; the log says the rest."""
         job_id: str = request.path_params["id"]
         body = await self._body(request)
         asked = fields_of(decode_body(body), CancelRequest) if body else CancelRequest()
@@ -212,6 +214,14 @@ class JobRoutes:
 
 def _owner(request: Request) -> str:
     return request.headers.get(OWNER_HEADER) or ANONYMOUS
+
+
+def _without_nul(field: str, value: Json) -> bytes:
+    """Encode a value; NUL, which ends strings in too many places behind us, is refused wherever it stands."""
+    encoded = encode_json(value)
+    if b"\\u0000" in encoded and _NUL.search(encoded):
+        raise Invalid(f"{field}: a string holds NUL")
+    return encoded
 
 
 def _idempotency_key(request: Request) -> str:
