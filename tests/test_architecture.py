@@ -4,6 +4,7 @@ grow."""
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,11 @@ STRANGERS = [{"worker", "gateway"}, {"worker", "projections"}, {"projections", "
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def part(path: Path) -> str:
     """The package or module right under streamjobs that a file belongs to."""
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
@@ -44,9 +50,9 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(SOURCE))
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
+def imports(module: ast.AST) -> Iterator[str]:
     """Every module imported anywhere in a file, in functions and for type checking too."""
-    for node in ast.walk(tree):
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,7 +63,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 def imported_parts(path: Path) -> set[str]:
     found = {
-        name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("streamjobs.")
+        name.split(".")[1] for name in imports(tree(path)) if name.startswith("streamjobs.")
     }
     return {name for name in found if name in RANK or name in ANYTHING}
 
@@ -94,7 +100,7 @@ def test_nothing_that_is_shipped_needs_the_testing_kit(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_the_store_talks_to_redis(path: Path):
     """State would change past the scripts, and the invariants with it."""
-    used = {name.split(".")[0] for name in imports(ast.parse(path.read_text()))}
+    used = {name.split(".")[0] for name in imports(tree(path))}
     if part(path) != "store":
         assert used & {"redis", "hiredis", "fakeredis"} == set()
 
@@ -104,7 +110,7 @@ def test_files_and_functions_stay_small(path: Path):
     """The worker becomes one file of 1,800 lines, as everywhere else, and nobody dares to change it."""
     source = path.read_text()
     assert len(source.splitlines()) <= 750
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
 
@@ -119,7 +125,7 @@ def test_the_rules_here_can_fail():
     """Each of the above passes for ever if its way of reading the source finds nothing."""
     assert imported_parts(SOURCE / "worker" / "worker.py") >= {"store", "app"}
     assert "redis" in {
-        name.split(".")[0] for name in imports(ast.parse((SOURCE / "store" / "live.py").read_text()))
+        name.split(".")[0] for name in imports(tree(SOURCE / "store" / "live.py"))
     }
     assert "testing" in imported_parts(SOURCE / "cli" / "local.py")
     assert len(FILES) > 40

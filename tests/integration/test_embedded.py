@@ -193,7 +193,7 @@ async def test_a_server_that_was_left_behind_gives_way(tmp_path: Path):
     orphan = subprocess.Popen([redis_binary(), *options], stdout=subprocess.DEVNULL)
     try:
         await wait_until(lambda: embedded._answers(sock))  # pyright: ignore[reportPrivateUsage]
-        async with embedded_redis(tmp_path) as server:
+        async with embedded_redis(tmp_path, binary=redis_binary()) as server:
             assert await answers(server)
             assert await asyncio.to_thread(orphan.wait, 10) == 0
     finally:

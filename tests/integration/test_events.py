@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -694,6 +695,31 @@ async def test_a_hole_is_filled_from_the_log(served: Served, monkeypatch: pytest
         await script.say("three")
         await script.complete()
         assert rows(await collect(stream)) == (await script.log())[3:]
+
+
+async def test_what_comes_between_the_subscription_and_the_position_is_not_lost(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+):
+    script = await served.script()
+    await script.open_turn()
+    cursor = (await script.log())[-1][0]
+    get, hold = served.store.jobs.get, Channel._hold
+    held = asyncio.Event()
+
+    def holding(channel: Channel, entries: list[Any]) -> None:
+        hold(channel, entries)
+        held.set()
+
+    async def overtaken(job_id: str) -> object:
+        record = await get(job_id)
+        if served.gateway.hub.channels:
+            await script.complete()
+            await held.wait()
+        return record
+
+    monkeypatch.setattr(Channel, "_hold", holding)
+    monkeypatch.setattr(served.store.jobs, "get", overtaken)
+    assert rows(await served.transcript(script.id, cursor)) == (await script.log())[3:]
 
 
 async def test_disconnecting_while_redis_is_away_frees_everything(own_redis: RedisProcess):

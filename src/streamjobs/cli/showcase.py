@@ -193,7 +193,7 @@ class Showcase:
                     return
 
     def _wants_to_leave(self, event: WatchedEvent) -> bool:
-        self._tools_seen += event.type == "tool.completed"
+        self._tools_seen += event.type in {"tool.completed", "tool.failed"}
         return self._tools_seen >= _LEAVE_AFTER_TOOLS
 
     async def _start_worker(self) -> None:
