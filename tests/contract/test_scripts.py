@@ -496,3 +496,13 @@ def test_inspect_shows_a_job_where_it_is(partition: Partition) -> None:
         B: (False, False, 1, False, 0),
         C: (False, True, 0, False, 0),
     }
+
+
+def test_a_batch_of_thousands_of_events_is_written_whole(partition: Partition) -> None:
+    """Without it, a long batch fails after its events were written, and log and head differ for ever."""
+    partition.submit(NewJob(A))
+    (lease,) = partition.take()
+    answer = partition.append(Batch(*lease, 1, [delta("word")] * 3000))
+    assert plain(answer[0])[:2] == ["ok", 3002]
+    assert partition.client.xlen(f"{PREFIX}job:{A}:events") == 3002
+    check_invariants(found(partition.client))

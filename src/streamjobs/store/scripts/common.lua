@@ -40,7 +40,7 @@ local function fetch(id)
     local value = flat[i + 1]
     if value ~= '' then h[flat[i]] = value end
   end
-  return { id = id, key = PREFIX .. 'job:' .. id, h = h, changes = {}, lines = {} }
+  return { id = id, key = PREFIX .. 'job:' .. id, h = h, changes = {}, at = {}, lines = {} }
 end
 
 local function number(job, field) return tonumber(job.h[field] or 0) end
@@ -48,9 +48,12 @@ local function number(job, field) return tonumber(job.h[field] or 0) end
 -- nil removes the field
 local function put(job, field, value)
   job.h[field] = value
-  local changes = job.changes
-  local n = #changes
-  changes[n + 1], changes[n + 2] = field, value or ''
+  local changes, at = job.changes, job.at[field]
+  if not at then
+    at = #changes + 2
+    changes[at - 1], job.at[field] = field, at
+  end
+  changes[at] = value or ''
 end
 
 local function count(field, by) gathered.counts[field] = (gathered.counts[field] or 0) + by end
@@ -70,7 +73,7 @@ local function save(job)
     redis.call(OPT.publish, PREFIX .. 'live:' .. job.id, table.concat(job.lines, '\n'))
   end
   if #job.changes > 0 then redis.call('HSET', job.key, unpack(job.changes)) end
-  job.changes, job.lines, job.note = {}, {}, nil
+  job.changes, job.at, job.lines, job.note = {}, {}, {}, nil
 end
 
 -- Events ----------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ local function submit(at)
     if not family or status then return { 'parent', status or 'gone' } end
   end
 
-  local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changes = {}, lines = {} }
+  local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changes = {}, at = {}, lines = {} }
   put(job, 'owner', owner)
   put(job, 'kind', kind)
   put(job, 'queue', queue)
