@@ -62,9 +62,7 @@ def imports(module: ast.AST) -> Iterator[str]:
 
 
 def imported_parts(path: Path) -> set[str]:
-    found = {
-        name.split(".")[1] for name in imports(tree(path)) if name.startswith("streamjobs.")
-    }
+    found = {name.split(".")[1] for name in imports(tree(path)) if name.startswith("streamjobs.")}
     return {name for name in found if name in RANK or name in ANYTHING}
 
 
@@ -124,8 +122,6 @@ def test_few_lines_are_excused_from_coverage():
 def test_the_rules_here_can_fail():
     """Each of the above passes for ever if its way of reading the source finds nothing."""
     assert imported_parts(SOURCE / "worker" / "worker.py") >= {"store", "app"}
-    assert "redis" in {
-        name.split(".")[0] for name in imports(tree(SOURCE / "store" / "live.py"))
-    }
+    assert "redis" in {name.split(".")[0] for name in imports(tree(SOURCE / "store" / "live.py"))}
     assert "testing" in imported_parts(SOURCE / "cli" / "local.py")
     assert len(FILES) > 40
