@@ -1,4 +1,4 @@
-"""Fixtures that most tests share: a real Redis of their own, a store on it, and a check of every key after each test."""
+"""Fixtures that most tests share: a real Redis, a store on it, and a check of every key after each test."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def redis_process() -> Iterator[RedisProcess]:
 
 @pytest.fixture
 def redis(redis_process: RedisProcess) -> Iterator[RedisProcess]:
-    """The shared server, empty; afterwards every key must be in the key table, of its type, with its lifetime."""
+    """The shared server, empty; afterwards every key must be in the key table, with its type and lifetime."""
     with redis_process.client() as client:
         client.config_set("maxmemory", 0)
         client.flushall()
