@@ -86,7 +86,14 @@ class Lab:
     async def ended(self, *job_ids: str, timeout: float = 20.0) -> JobView:
         """Wait until all have ended; the view of the last one."""
         for job_id in job_ids:
-            await wait_until(lambda job_id=job_id: self._is_ended(job_id), timeout, f"the end of {job_id}")
+            try:
+                await wait_until(lambda job_id=job_id: self._is_ended(job_id), timeout)
+            except TimeoutError:
+                tail = [(str(event.cursor), event.type) for event in await self.log(job_id)][-12:]
+                status = await self.status(job_id)
+                raise AssertionError(
+                    f"{job_id} is {status} after {timeout} s; its log ends with {tail}"
+                ) from None
         return await self.view(job_ids[-1])
 
     async def run(self, prompt: str = "hello", **fields: Any) -> JobView:

@@ -61,7 +61,10 @@ class Peer(ABC):
 
 
 def installed_version(package: str) -> str:
-    return importlib.metadata.version(package)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def missing_package(package: str) -> str | None:
