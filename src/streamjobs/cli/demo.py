@@ -43,5 +43,6 @@ def demo(
         port=port,
         files_root=str(folder.resolve()),
         default_model=model or None,
+        log_level="error",
     )
     sys.exit(run(Showcase(settings, prompt, once=once, any_port=port is None).run()))

@@ -81,7 +81,7 @@ class Showcase:
     """One demo."""
 
     def __init__(self, settings: Settings, prompt: str, *, once: bool, any_port: bool) -> None:
-        self._settings = msgspec.structs.replace(settings, lease=LEASE, log_level="error")
+        self._settings = msgspec.structs.replace(settings, lease=LEASE)
         self._prompt = prompt
         self._once = once
         self._any_port = any_port
