@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from pathlib import Path
 
 import click
@@ -20,6 +20,8 @@ from streamjobs.testing import ScriptedProvider
 from streamjobs.worker.worker import Worker
 
 _DEFAULTS = Settings()
+_DROPPED = 130
+"""Exit status of a worker that was told twice."""
 SCRIPTED_MODEL = "openai:scripted"
 
 
@@ -29,22 +31,36 @@ def chosen_app(target: str | None) -> App:
 
 
 async def run_worker(settings: Settings, app: App, queues: Sequence[str]) -> None:
-    """Run a worker until it is told to drain; a second signal ends it at once."""
+    """Run a worker until it is told to drain; a second signal makes it drop everything, as kill -9 would."""
     store = await Store.open(settings)
     try:
         worker = Worker(store, app, queues=queues)
-        loop = asyncio.get_running_loop()
-
-        def drain() -> None:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-            worker.drain()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, drain)
-        await worker.run()
+        working = asyncio.create_task(worker.run(), name="worker")
+        with _two_signals(worker.drain, working.cancel):
+            await working
+    except asyncio.CancelledError:
+        raise click.exceptions.Exit(_DROPPED) from None
     finally:
         await store.aclose()
+
+
+@contextlib.contextmanager
+def _two_signals(first: Callable[[], object], second: Callable[[], object]) -> Generator[None, None, None]:
+    """Call `first` on the first SIGTERM or SIGINT, `second` on any further one."""
+    loop = asyncio.get_running_loop()
+    left = [first]
+
+    def heard() -> None:
+        (left.pop() if left else second)()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, heard)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 async def run_dev(settings: Settings, target: str | None) -> None:
