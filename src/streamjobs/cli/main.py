@@ -47,7 +47,7 @@ for command in (dev, demo, serve, worker, submit, watch, status, cancel, provide
 def main() -> None:
     """Run the command; turn errors into one line."""
     try:
-        cli(standalone_mode=False)
+        sys.exit(cli(standalone_mode=False))  # None, or the status of an `Exit`
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
