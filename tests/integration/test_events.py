@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 from collections.abc import AsyncIterator
@@ -714,7 +715,10 @@ async def test_what_comes_between_the_subscription_and_the_position_is_not_lost(
         record = await get(job_id)
         if served.gateway.hub.channels:
             await script.complete()
-            await held.wait()
+            # a connection lost just now loses the message, too: then the gap is filled from the log
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await held.wait()
         return record
 
     monkeypatch.setattr(Channel, "_hold", holding)
