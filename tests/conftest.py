@@ -168,16 +168,21 @@ async def store(settings: Settings) -> AsyncIterator[Store]:
 
 
 async def wait_until(condition: Callable[[], Any], timeout: float = 15.0, what: str = "") -> Any:
-    """Wait for a condition (a plain or an async function) to become true; returns its value."""
-    async with asyncio.timeout(timeout):
-        while True:
-            value = condition()
-            if asyncio.iscoroutine(value):
-                value = await value
-            if value:
-                return value
-            await asyncio.sleep(0.01)
-    raise AssertionError(what)
+    """Wait for a condition (a plain or an async function) to become true; returns its value.
+
+    Raises `TimeoutError` that says `what` was waited for.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            while True:
+                value = condition()
+                if asyncio.iscoroutine(value):
+                    value = await value
+                if value:
+                    return value
+                await asyncio.sleep(0.01)
+    except TimeoutError as error:
+        raise TimeoutError(what or "the condition did not become true") from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -110,7 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     recorder_bytes: int = 256 * 1024
     """What one job may have waiting for Redis before reading from its provider stops."""
     inline_bytes: int = 16 * 1024
-    """An input up to this size comes with the lease, without another read."""
+    """A `job.queued` up to this size travels in the ticket: the worker need not read the log."""
     worker_ttl: float = 30.0
     """A worker not heard of for this long is no longer listed."""
 
