@@ -55,6 +55,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """An Idempotency-Key is remembered this long, or for the job's life if that is longer."""
     owner_limit: int = 50
     """Jobs of one owner that run at once; 0: no limit."""
+    owner_rate: int = 0
+    """Submissions of one owner a minute; those over it wait their turn (`held: owner_limit`). 0: no limit."""
+    max_depth: int = 8
+    """How deep children may have children."""
+    max_children: int = 1000
+    """Children that one job may have."""
+    dead_cap: int = 100_000
+    """Failed jobs that the dead list names; the oldest leave it first."""
     job_timeout: float = 3600.0
     """From first start to end; 0: no limit. A submission may ask for less or more."""
     max_attempts: int = 3
@@ -67,6 +75,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Bytes that one job's log may hold; the terminal event is exempt."""
     max_event_bytes: int = 1024 * 1024
     """The most that one event may hold."""
+    inline_output: int = 64 * 1024
+    """A step's output or a job's result over this many bytes is kept as an artifact."""
+    max_artifact: int = 16 * 1024 * 1024
+    """The most that one artifact may hold."""
+    max_artifacts: int = 64 * 1024 * 1024
+    """The most that all artifacts of a job may hold."""
     retry_base: float = 1.0
     """The delay before the second attempt of a job or a turn; it doubles with each."""
     retry_cap: float = 300.0
@@ -103,6 +117,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a draining worker lets jobs run on before it hands them back."""
     cancel_timeout: float = 10.0
     """Code that ignores its cancellation this long is left behind; its job goes on without it."""
+    park_after: float = 2.0
+    """A job that only waits (for a timer, a signal, children) gives its slot up after this long."""
+    replay_timeout: float = 5.0
+    """How long a workflow may take to ask again for what its log holds before it counts as changed."""
     coalesce_interval: float = 0.02
     """Deltas of a job are written at most this often; the first one at once."""
     coalesce_bytes: int = 1024

@@ -79,6 +79,24 @@ class JobEnded(StreamjobsError):
     code, http_status = "job_ended", 409
 
 
+class JobNotEnded(StreamjobsError):
+    """The job has not ended; what was asked for needs an ended one."""
+
+    code, http_status = "job_not_ended", 409
+
+
+class TooDeep(Invalid):
+    """The job is a child of a child of a child …, deeper than `max_depth` allows."""
+
+    code = "too_deep"
+
+
+class TooManyChildren(Invalid):
+    """The job has as many children as `max_children` allows."""
+
+    code = "too_many_children"
+
+
 class CursorNotFound(StreamjobsError):
     """The cursor is not in the job's log (any more). Start over, without one."""
 
@@ -131,6 +149,70 @@ class JobTimeout(StreamjobsError):
     """The job ran longer than its timeout."""
 
     code, http_status = "timeout", 504
+
+
+class Permanent(StreamjobsError):
+    """Raise it in a workflow or a step: another attempt cannot help."""
+
+    code, http_status = "permanent", 422
+
+
+class StepError(StreamjobsError):
+    """A step or a tool of a workflow failed for good; `info` is what the log says of it."""
+
+    code, http_status = "step_failed", 422
+
+    def __init__(self, message: str, *, step_code: str = "", is_retryable: bool = True) -> None:
+        super().__init__(message)
+        self.step_code = step_code
+        self.is_retryable = is_retryable
+
+
+class OutcomeUnknown(StreamjobsError):
+    """A `once` step or tool was started and never recorded: it may or may not have taken effect."""
+
+    code, http_status = "unknown_outcome", 409
+
+
+class Denied(StreamjobsError):
+    """Somebody denied what needed an approval; the message has the comment."""
+
+    code, http_status = "denied", 403
+
+
+class WaitTimeout(StreamjobsError, TimeoutError):
+    """Nobody sent what a workflow waited for in time."""
+
+    code, http_status = "wait_timeout", 504
+
+
+class HeartbeatTimeout(StreamjobsError):
+    """The job's code gave no sign of life for longer than its `heartbeat_timeout`."""
+
+    code, http_status, retryable = "heartbeat_timeout", 504, True
+
+
+class StepTimeout(StreamjobsError, TimeoutError):
+    """A step ran longer than its timeout."""
+
+    code, http_status, retryable = "step_timeout", 504, True
+
+
+class ChildFailed(StreamjobsError):
+    """A child job failed or was cancelled; `status` says which."""
+
+    code, http_status = "child_failed", 422
+
+    def __init__(self, message: str, *, job_id: str = "", status: str = "") -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.status = status
+
+
+class WorkflowChanged(StreamjobsError):
+    """The workflow's code no longer asks for what its log holds: it was changed while the job lived."""
+
+    code, http_status = "workflow_changed", 409
 
 
 class ProviderError(StreamjobsError):

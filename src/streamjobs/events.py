@@ -80,6 +80,10 @@ class JobQueued(Event, frozen=True, kw_only=True):
     max_attempts: int = 0
     concurrency_key: str = ""
     parent: str = ""
+    depth: int = 0
+    rerun_of: str = ""
+    schedule: str = ""
+    start_timeout_ms: int = 0
     input: msgspec.Raw = msgspec.Raw(b"null")
 
 
@@ -139,7 +143,8 @@ class JobRequeued(Event, frozen=True, kw_only=True):
 
 
 class JobWaiting(Event, frozen=True, kw_only=True):
-    """The job waits without a worker, for a signal, children, or a timer."""
+    """The job waits without a worker: for `timer`, `signal:<name>`, `approval:<key>`, `child:<job>`; the first of
+    them, where it waits for several."""
 
     type = "job.waiting"
     waits_for: str = msgspec.field(default="", name="for")
@@ -153,6 +158,21 @@ class SignalReceived(Event, frozen=True, kw_only=True):
     name: str
     payload: Json = None
     key: str = ""
+    by: str = ""
+
+
+class ApprovalRequested(Event, frozen=True, kw_only=True):
+    """Somebody is to approve or deny `subject` (`tool` or `step`); the answer is a `signal.received`.
+
+    `key` names the request; `detail` is what is to be judged; 0 in `timeout_ms` waits for ever.
+    """
+
+    type = "approval.requested"
+    key: str
+    subject: str = ""
+    message: str = ""
+    detail: Json = None
+    timeout_ms: int = 0
 
 
 class TimerSet(Event, frozen=True, kw_only=True):
@@ -195,10 +215,12 @@ class JobCancelRequested(Event, frozen=True, kw_only=True):
 
 
 class JobCompleted(Event, frozen=True, kw_only=True):
-    """The job ended with a result."""
+    """The job ended with a result; one too large for an event is the artifact of that name."""
 
     type = "job.completed"
     result: msgspec.Raw = msgspec.Raw(b"null")
+    summary: str = ""
+    artifact: str = ""
 
 
 class JobFailed(Event, frozen=True, kw_only=True):
@@ -222,12 +244,13 @@ class JobCancelled(Event, frozen=True, kw_only=True):
 
 
 class TurnStarted(Event, frozen=True, kw_only=True):
-    """The model is being called."""
+    """The model is being called; `chat` is the key of a workflow's own call, empty in the built-in chat."""
 
     type = "turn.started"
     turn: int
     attempt: int = 1
     model: str = ""
+    chat: str = ""
 
 
 class TurnRestarted(Event, frozen=True, kw_only=True):
@@ -339,24 +362,40 @@ class StepStarted(Event, frozen=True, kw_only=True):
     type = "step.started"
     key: str
     attempt: int = 1
+    name: str = ""
+    effect: str = ""
+    idempotency_key: str = ""
 
 
 class StepCompleted(Event, frozen=True, kw_only=True):
-    """A step's outcome, recorded once."""
+    """A step's outcome, recorded once; an output too large for an event is the artifact of that name."""
 
     type = "step.completed"
     key: str
     attempt: int = 1
     output: Json = None
+    ms: int = 0
+    artifact: str = ""
 
 
 class StepFailed(Event, frozen=True, kw_only=True):
-    """A step failed for good in this attempt of the job."""
+    """An attempt of a step failed: for good within this attempt of the job, unless it `will_retry`."""
 
     type = "step.failed"
     key: str
     error: ErrorInfo
     attempt: int = 1
+    ms: int = 0
+    will_retry: bool = False
+    delay_ms: int = 0
+
+
+class StepUnknown(Event, frozen=True, kw_only=True):
+    """A `once` step was started and never recorded: whether it took effect is not known."""
+
+    type = "step.unknown"
+    key: str
+    message: str = ""
 
 
 class ChildSpawned(Event, frozen=True, kw_only=True):
@@ -365,6 +404,7 @@ class ChildSpawned(Event, frozen=True, kw_only=True):
     type = "child.spawned"
     job: str
     key: str = ""
+    kind: str = ""
 
 
 class ChildEnded(Event, frozen=True, kw_only=True):

@@ -35,6 +35,38 @@ class Backoff(msgspec.Struct, frozen=True):
         )  # in this order, a wish that is nan counts for nothing
 
 
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
+    """How often something that fails is tried, and how long is waited in between, in seconds.
+
+    `attempts` counts the first one; what is an instance of `non_retryable`, or has one of its names or codes,
+    is not tried again.
+    """
+
+    attempts: int = 3
+    base: float = 1.0
+    cap: float = 300.0
+    factor: float = 2.0
+    non_retryable: tuple[type[BaseException] | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError("attempts: at least 1")
+        if min(self.base, self.cap, self.factor) < 0:
+            raise ValueError("base, cap and factor: at least 0")
+
+    @property
+    def backoff(self) -> Backoff:
+        """The delays between attempts."""
+        return Backoff(self.base, self.cap, self.factor)
+
+    def forbids(self, error: BaseException, code: str = "") -> bool:
+        """Whether `error` is one that is never tried again."""
+        names = {cls.__name__ for cls in type(error).__mro__} | {code}
+        return any(
+            one in names if isinstance(one, str) else isinstance(error, one) for one in self.non_retryable
+        )
+
+
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Read a Retry-After header: seconds or an HTTP date (RFC 9110, 10.2.3).
 
