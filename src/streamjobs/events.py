@@ -143,8 +143,10 @@ class JobRequeued(Event, frozen=True, kw_only=True):
 
 
 class JobWaiting(Event, frozen=True, kw_only=True):
-    """The job waits without a worker: for `timer`, `signal:<name>`, `approval:<key>`, `child:<job>`; the first of
-    them, where it waits for several."""
+    """The job waits without a worker: for `timer`, `signal:<name>`, `approval:<key>` or `child:<job>`.
+
+    Where it waits for several of them, the first is named.
+    """
 
     type = "job.waiting"
     waits_for: str = msgspec.field(default="", name="for")
