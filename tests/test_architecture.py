@@ -16,7 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 LAYERS = [
     {"errors"},
     {"cursor", "events", "faults"},
-    {"approvals", "job", "retry", "config", "metrics"},
+    {"approvals"},
+    {"job", "effects", "retry", "config", "metrics"},
     {"logs"},
     {"store", "llm"},
     {"inputs"},
