@@ -559,8 +559,7 @@ class Model:
             self.write(job, batch.epoch, kind, content)
             if kind in PROGRESS:
                 job.crashes = 0
-        for key, delay in json.loads(batch.timers or b"{}").items():
-            job.timers.setdefault(key, self.now + delay)
+        job.timers = timers_after(job, batch, self.now)
         job.batch = batch.number
         seq = job.seq + (batch.outcome in ENDED)
         job.commit = (*fingerprint(batch), seq)
@@ -581,7 +580,7 @@ class Model:
             return ["gap", job.batch + 1]
         if batch.number < job.batch + 1:
             return ["conflict"]
-        if why := misplaced(job, batch):
+        if why := misplaced(job, batch, self.now):
             return ["bad", why]
         starts_tool = any(kind == "tool.started" for kind, _ in batch.events)
         if starts_tool and job.cancelled_at is not None:
@@ -821,7 +820,14 @@ def fingerprint(batch: Batch) -> tuple[int, int, int]:
     return batch.epoch, len(batch.events), sum(len(content) for _, content in batch.events)
 
 
-def misplaced(job: Job, batch: Batch) -> str:
+def timers_after(job: Job, batch: Batch, now: int) -> dict[str, int]:
+    """A timer that is known stays as it is; a delay below 0 takes one back."""
+    asked = json.loads(batch.timers or b"{}")
+    new = {key: now + delay for key, delay in asked.items() if delay >= 0}
+    return {key: at for key, at in (new | job.timers).items() if asked.get(key, 0) >= 0}
+
+
+def misplaced(job: Job, batch: Batch, now: int) -> str:
     """The terminal event comes last, where the outcome says so and nowhere else; a sleeper has a timer."""
     terminal = [(at, kind) for at, (kind, _) in enumerate(batch.events) if kind in TERMINAL]
     wanted = (
@@ -831,7 +837,7 @@ def misplaced(job: Job, batch: Batch) -> str:
         return "terminal event"
     if batch.outcome not in {"keep", *PARKING, *ENDED}:
         return "outcome"
-    if batch.outcome == "sleep" and not (job.timers or json.loads(batch.timers or b"{}")):
+    if batch.outcome == "sleep" and not timers_after(job, batch, now):
         return "sleep without a timer"
     return ""
 

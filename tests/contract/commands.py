@@ -104,7 +104,10 @@ EVENTS = {
     "failed": ("job.failed", {"error": {"code": "boom", "message": "", "retryable": False}}),
     "cancelled": ("job.cancelled", {"by": ""}),
 }
-TIMERS = {"": b"", "soon": b'{"a":100,"b":15000}', "late": b'{"b":20000,"c":90000}', "none": b"{}"}
+TIMERS = {
+    "": b"", "soon": b'{"a":100,"b":15000}', "late": b'{"b":20000,"c":90000}', "none": b"{}",
+    "back": b'{"a":-1,"b":-1}', "instead": b'{"b":-1,"c":-1,"d":4000}',
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

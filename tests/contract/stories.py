@@ -70,6 +70,12 @@ STORIES: dict[str, list[Command]] = {
     ],
     "asleep without a timer": [
         ONE, Take(), Append((Row(outcome="sleep"), Row(outcome="sleep", timers="none"))),
+        Append((Row(timers="soon"),)), Append((Row(outcome="sleep", timers="back"),)),
+    ],
+    "a timer that is taken back": [
+        ONE, Take(), Append((Row(outcome="wait", timers="soon"),)), Ask("signal", 0), Take(),
+        Append((Row(timers="back"),)), Advance(20_000), Wake(),
+        Append((Row(outcome="sleep", timers="instead"),)), Advance(4_000), Wake(),
     ],
     "a key that is taken does not stop others": [
         Submit((Submission(ckey=1), Submission(slot=1), Submission(slot=2, ckey=1), Submission(slot=3))),

@@ -49,6 +49,12 @@ MUTATIONS: dict[str, Mutation] = {
         APPEND, "if row.outcome ~= 'keep' or row.timers ~= '' then arm(job) end", ""
     ),
     "a timer that is set again starts over": Mutation("common", "if timers[key] == nil then", "if true then"),
+    "a timer that was taken back fires": Mutation("common", "timers[key] = nil\n    elseif", "elseif"),
+    "a sleeper's only timer is taken back with the same breath": Mutation(
+        APPEND,
+        "if row.outcome == 'sleep' and not next(",
+        "if row.outcome == 'sleep' and not next(timers_of(job)) and not next(",
+    ),
     "one job whose key is taken holds up all behind it": Mutation(
         "common", "elseif reason == job.h.held then", "elseif reason then"
     ),
@@ -92,7 +98,7 @@ MUTATIONS: dict[str, Mutation] = {
     "a cancelled job is queued when its worker dies": Mutation(
         "wake", "if parked_by_wish(job, bystander(job)) then", "if false then"
     ),
-    "a due timer stays due": Mutation("wake", "timers[key] = nil", ""),
+    "a due timer stays due": Mutation("wake", "timers[key] = nil\n  end", "end"),
 }
 
 

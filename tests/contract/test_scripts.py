@@ -331,6 +331,22 @@ def test_a_sleeper_without_a_timer_is_refused(partition: Partition) -> None:
     assert partition.append(Batch(*lease, 1, [], "sleep", timers=b'{"t":5000}'))[0][0] == "ok"
 
 
+def test_a_timer_can_be_taken_back(partition: Partition) -> None:
+    """Without it, the timeout of a wait that was answered wakes the job long after, for nothing."""
+    partition.submit(NewJob(A))
+    (lease,) = partition.take()
+    answers = partition.append(
+        Batch(*lease, 1, [], timers=b'{"wait":5000,"other":9000}'),
+        Batch(*lease, 2, [], timers=b'{"wait":-1,"unknown":-1}'),
+    )
+    assert [answer[0] for answer in answers] == ["ok", "ok"]
+    assert partition.client.zscore(f"{PREFIX}timers", A) == partition.call.now + 9_000
+    partition.append(Batch(*lease, 3, [], timers=b'{"other":-1}'))
+    assert partition.client.zscore(f"{PREFIX}timers", A) is None
+    partition.sweep_for(10_000)
+    assert "timer.fired" not in partition.types(A)
+
+
 def test_a_pause_does_not_give_a_failed_attempt_back(partition: Partition) -> None:
     """Without it, pausing and resuming a failing job lets it fail for ever."""
     partition.submit(NewJob(A))

@@ -143,12 +143,22 @@ local function arm(job)
   if due == nil then gathered.disarmed[job.id] = true end
 end
 
-local function set_timers(job, encoded)
+-- What the job's timers become: a delay below 0 takes a timer back, one that is known already stays as it is
+local function timers_after(job, encoded)
   local timers = timers_of(job)
-  for key, delay in pairs(cjson.decode(encoded)) do
-    if timers[key] == nil then timers[key] = NOW + delay end
+  for key, delay in pairs(encoded ~= '' and cjson.decode(encoded) or {}) do
+    if delay < 0 then
+      timers[key] = nil
+    elseif timers[key] == nil then
+      timers[key] = NOW + delay
+    end
   end
-  put(job, 'timers', cjson.encode(timers))
+  return timers
+end
+
+local function set_timers(job, encoded)
+  local timers = timers_after(job, encoded)
+  put(job, 'timers', next(timers) and cjson.encode(timers) or nil)
 end
 
 -- Places ----------------------------------------------------------------------------------------------
