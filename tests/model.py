@@ -102,6 +102,7 @@ class Job:
     ckey: str = ""
     idem: str = ""
     parent: str = ""
+    depth: int = 0
 
     log: list[Entry] = field(default_factory=list)
     news: list[Entry] = field(default_factory=list)
@@ -432,10 +433,11 @@ class Model:
         if record or row.id in self.jobs:
             return self.submitted("same", record.job if record else row.id)
         parent = self.jobs.get(row.parent)
-        if row.parent and (refused := self.refused_children(parent)):
-            return ["parent", refused]
+        if row.parent and (refused := self.refused_child(parent, row.owner)):
+            return refused
         job = Job(row.id, row.owner, row.kind, row.queue, row.priority, self.now)
         job.timeout, job.ckey, job.idem, job.parent = row.timeout, row.ckey, row.idem, row.parent
+        job.depth = parent.depth + 1 if parent else 0
         self.jobs[job.id] = job
         self.place(job, row)
         self.announce(job)
@@ -449,21 +451,26 @@ class Model:
         job = self.jobs.get(job_id)
         return [verdict, job_id, job.log[0].id if job else "1-0"]
 
-    @staticmethod
-    def refused_children(parent: Job | None) -> str:
+    def refused_child(self, parent: Job | None, owner: str) -> list[Any]:
         if parent is None:
-            return "gone"
-        if parent.is_ended:
-            return parent.status
-        return "cancelled" if parent.cancelled_at is not None else ""
+            return ["parent", "gone"]
+        if parent.owner != owner:
+            return ["parent", "foreign"]
+        if parent.is_ended or parent.cancelled_at is not None:
+            return ["parent", parent.status if parent.is_ended else "cancelled"]
+        if parent.depth >= self.limits.max_depth:
+            return ["depth", self.limits.max_depth]
+        if len(parent.children) >= self.limits.max_children:
+            return ["children", self.limits.max_children]
+        return []
 
     def place(self, job: Job, row: NewJob) -> None:
         if row.start_timeout:
             job.start_by = self.now + row.delay + row.start_timeout
         limit = self.limits.owner_limit
         is_held = not row.delay and limit > 0 and self.tickets(job.queue, job.owner) >= limit
-        reason = {"held": "owner_limit"} if is_held else {}
-        self.write(job, self.now, "job.queued", self.content(**reason, **row.fields))
+        stamp = ({"depth": job.depth} if job.depth else {}) | ({"held": "owner_limit"} if is_held else {})
+        self.write(job, self.now, "job.queued", self.content(**stamp, **row.fields))
         if row.delay:
             job.status, job.wake = "scheduled", self.now + row.delay
         elif is_held:

@@ -168,7 +168,7 @@ def differing(said: Any, wanted: Any, path: str = "") -> str:
 def verdicts(script: str, said: Any) -> list[str]:
     """Each thing that a reply says, by name."""
     rows: dict[str, Callable[[], list[str]]] = {
-        "submit": lambda: [row[0] for row in said],
+        "submit": lambda: [f"{row[0]} {row[1]}" if row[0] == "parent" else row[0] for row in said],
         "append": lambda: [" ".join(row[:2]) if row[0] == "limit" else row[0] for row in said],
         "renew": lambda: [row[0] for row in said[1]],
         "take": lambda: ["leased" if said[1] else "nothing"] + ["ends"] * bool(said[2]),

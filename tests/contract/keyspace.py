@@ -112,6 +112,7 @@ def job_hash(model: Model, job: Job) -> dict[str, str]:
         "late": job.late or None, "pause": None if job.pause is None else spliced(job.pause),
         "ckey": job.ckey or None,
         "idem": job.idem or None, "parent": job.parent or None, "family": bool(job.children) or None,
+        "depth": job.depth or None,
         "asked": bool(job.seen) or None,
     }  # fmt: skip
     return {name: str(1 if value is True else value) for name, value in fields.items() if value is not None}

@@ -42,10 +42,19 @@ STORIES: dict[str, list[Command]] = {
         ONE, Take(), Submit((Submission(slot=1, parent=0),)), WAIT, Take(), FINISH, Again(), Take(), FINISH,
         Again(), Submit((Submission(slot=2, parent=0), Submission(slot=3, parent=9))),
     ],
+    "more of a family than there may be": [
+        Submit((Submission(), Submission(slot=1, parent=0), Submission(slot=2, parent=1))),
+        Submit((Submission(slot=3, parent=2), Submission(slot=4, parent=0), Submission(slot=5, parent=0))),
+        Submit((Submission(slot=4, parent=0), Submission(slot=6, owner=1, parent=0))), Cancel(0),
+        Submit((Submission(slot=7, parent=0),)),
+    ],
     "cancelled with its family": [
-        ONE, Submit((Submission(slot=1, parent=0), Submission(slot=2, owner=1, parent=1))), Take(wanted=1),
+        ONE, Submit((Submission(slot=1, parent=0), Submission(slot=2, parent=1))), Take(wanted=1),
         Cancel(0), Again(), Renew(), Append((Row(unread=1, outcome="yield"),)),
         Append((Row(outcome="yield"),)), Cancel(0), Cancel(7),
+    ],
+    "no children of a job that is being cancelled": [
+        ONE, Take(), Cancel(0), Submit((Submission(slot=1, parent=0),)),
     ],
     "paused, resumed, asked again": [
         ONE, Ask("pause", 0), Again(), Ask("pause", 0, 1), Ask("resume", 0), Again(), Take(),

@@ -75,8 +75,12 @@ MUTATIONS: dict[str, Mutation] = {
         "submit", "if digest ~= body then", "if false then"
     ),
     "a job that has ended gets children": Mutation(
-        "submit", "if not family or status then", "if not family then"
+        "submit", "if ENDED[h.status] then return { 'parent', h.status } end", ""
     ),
+    "a job that is being cancelled gets children": Mutation("submit", "if h.cancel then", "if false then"),
+    "somebody else's job gets children": Mutation("submit", "if h.owner ~= owner then", "if false then"),
+    "children have children without end": Mutation("submit", "+ 1 > OPT.max_depth", "> OPT.max_depth"),
+    "a job spawns without end": Mutation("submit", ">= OPT.max_children", "> OPT.max_children"),
     "a ticket of a cancelled job starts it": Mutation(
         "take", "if not job or job.h.status ~= 'queued' or job.h.ticket ~= ticket then", "if not job then"
     ),

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import redis as sync_redis
 
 from streamjobs.config import Settings
-from streamjobs.errors import StoreFull
-from streamjobs.store import Batch, Store, Submission
+from streamjobs.errors import JobNotFound, StoreFull, TooDeep, TooManyChildren
+from streamjobs.store import Batch, Store, Submission, keys
 from streamjobs.store.log import parse_live
 from streamjobs.store.scripts import Limits, flatten
 from tests.conftest import RedisProcess
@@ -405,6 +406,24 @@ def test_cancelling_a_parent_cancels_all_below(partition: Partition) -> None:
     seen = int(partition.field(A, "inbox"))
     partition.append(Batch(*lease, 1, [], "yield", seen=seen))
     assert partition.field(A, "status") == "cancelled"
+
+
+async def test_a_family_is_bounded(store: Store) -> None:
+    """Without it, a workflow that spawns itself fills the store; or one owner hangs jobs below another's."""
+    store = await Store.open(msgspec.structs.replace(store.settings, max_depth=1, max_children=1))
+    parent = (await store.jobs.submit(Submission(kind="work"))).job_id
+    first = Submission(kind="work", parent=parent, job_id=keys.child_job_id(parent, "a"))
+    child = (await store.jobs.submit(first)).job_id
+    assert msgspec.json.decode((await store.log.load(child))[0].data)["depth"] == 1
+    with pytest.raises(TooDeep):
+        await store.jobs.submit(Submission(kind="work", parent=child))
+    with pytest.raises(TooManyChildren):
+        await store.jobs.submit(Submission(kind="work", parent=parent))
+    assert (await store.jobs.submit(first)).repeated, "a replay finds its child, whatever the limits"
+    for foreign in (Submission(kind="work", owner="bob", parent=parent), Submission(kind="work", parent="x")):
+        with pytest.raises(JobNotFound):
+            await store.jobs.submit(foreign)
+    await store.aclose()
 
 
 # --- what stays, and for how long ------------------------------------------------------------------------

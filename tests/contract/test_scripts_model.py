@@ -24,7 +24,7 @@ LONG_PROGRAMS = 15 * PROGRAMS
 LENGTH = 120
 
 VERDICTS = """
-submit: ok same mismatch parent
+submit: ok same mismatch parent_gone parent_foreign parent_cancelled parent_completed depth children
 take: leased nothing ends answered_again
 append: ok dup fenced gap conflict inbox limit_events limit_bytes bad gone
 renew: ok lost

@@ -103,6 +103,7 @@ FIELDS: dict[str, str] = {
     "ckey": "digest of owner and concurrency key",
     "idem": "digest of owner and Idempotency-Key",
     "parent": "job that spawned it",
+    "depth": "1 for a child, one more for each generation below",
     "family": "set if it has children",
     "asked": "set if it has a `seen` key",
 }
