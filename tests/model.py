@@ -61,6 +61,14 @@ class Record(NamedTuple):
     expiry: int | None
 
 
+class Kept(NamedTuple):
+    """An artifact."""
+
+    name: str
+    media_type: str
+    content: bytes
+
+
 class Filed(NamedTuple):
     """A worker's last take, for its resend."""
 
@@ -137,6 +145,7 @@ class Job:
 
     children: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     ended: int | None = None
     expiry: int | None = None
 
@@ -638,6 +647,20 @@ class Model:
         job = self.jobs[job_id]
         job.lease_until = self.now + self.limits.lease
         return ["ok", job.inbox, job.asked]
+
+    def artifact(self, job_id: str, epoch: int, kept: Kept, most: tuple[int, int]) -> list[Any]:
+        if job_id not in self.jobs:
+            return ["gone"]
+        if not self.holds(job_id, epoch):
+            return ["fenced"]
+        if len(kept.content) > most[0]:
+            return ["limit", "one"]
+        artifacts = self.jobs[job_id].artifacts | {kept.name: (kept.media_type, kept.content)}
+        size = sum(len(content) for _, content in artifacts.values())
+        if size > most[1]:
+            return ["limit", "all"]
+        self.jobs[job_id].artifacts = artifacts
+        return ["ok", size]
 
     # --- wake --------------------------------------------------------------------------------------------
 

@@ -89,7 +89,9 @@ def expected(model: Model) -> dict[str, Found]:
 
 def job_keys(model: Model, job: Job) -> dict[str, Any]:
     log = [(entry.id, entry.type, entry.content.decode()) for entry in job.log]
-    optional = {":children": set(job.children), ":seen": job.seen}
+    artifacts = {name: content.decode() for name, (_, content) in job.artifacts.items()}
+    artifacts |= {f"{name}/": media_type for name, (media_type, _) in job.artifacts.items()}
+    optional = {":children": set(job.children), ":seen": job.seen, ":artifacts": artifacts}
     return {"": job_hash(model, job), ":events": log} | {
         rest: value for rest, value in optional.items() if value
     }
@@ -112,8 +114,8 @@ def job_hash(model: Model, job: Job) -> dict[str, str]:
         "late": job.late or None, "pause": None if job.pause is None else spliced(job.pause),
         "ckey": job.ckey or None,
         "idem": job.idem or None, "parent": job.parent or None, "family": bool(job.children) or None,
-        "depth": job.depth or None,
-        "asked": bool(job.seen) or None,
+        "depth": job.depth or None, "asked": bool(job.seen) or None,
+        "artifacts": sum(len(content) for _, content in job.artifacts.values()) if job.artifacts else None,
     }  # fmt: skip
     return {name: str(1 if value is True else value) for name, value in fields.items() if value is not None}
 

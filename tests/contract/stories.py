@@ -11,6 +11,7 @@ from tests.contract.commands import (
     Cancel,
     Command,
     Idle,
+    Keep,
     Renew,
     Row,
     Submission,
@@ -110,6 +111,11 @@ STORIES: dict[str, list[Command]] = {
     ],
     "cancelled while the clock steps back": [
         ONE, Take(), Cancel(0), Advance(-3_600_000), Append((Row(outcome="yield"),)),
+    ],
+    "artifacts": [
+        ONE, Take(), Keep(size=12), Again(), Keep(size=20), Keep(size=21), Keep(name="b", size=11),
+        Keep(name="b", size=10), Keep(size=19), Keep(name="b", size=11), FINISH, Keep(stale=True),
+        Advance(310_000), Keep(stale=True),
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

@@ -32,6 +32,19 @@ MUTATIONS: dict[str, Mutation] = {
     "a tool starts after a cancel": Mutation(
         APPEND, "if job.h.cancel and starts_tool(row) then", "if false then"
     ),
+    "artifacts of a job that ended stay for ever": Mutation(
+        "common", "if job.h.artifacts then", "if false then"
+    ),
+    "a worker that lost its lease replaces an artifact": Mutation(
+        "artifact", "if job.h.lease ~= epoch then", "if not job.h.epoch then"
+    ),
+    "an artifact that is replaced is counted twice": Mutation(
+        "artifact", " - redis.call('HSTRLEN', job.key .. ':artifacts', name)", ""
+    ),
+    "an artifact has any size": Mutation("artifact", "if #content > tonumber(ARGV[7]) then", "if false then"),
+    "artifacts of one job fill the store": Mutation(
+        "artifact", "if all > tonumber(ARGV[8]) then", "if false then"
+    ),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"

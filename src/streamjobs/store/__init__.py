@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
 from streamjobs.store import keys
+from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
 from streamjobs.store.live import Listener, Live
@@ -20,6 +21,7 @@ from streamjobs.store.workers import WorkerInfo, Workers
 
 __all__ = [
     "Answer",
+    "Artifacts",
     "Batch",
     "Entry",
     "JobRecord",
@@ -57,6 +59,7 @@ class Store:
         self.log = Log(client, scripts)
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
+        self.artifacts = Artifacts(client, scripts, settings)
         self.workers = Workers(client, settings)
         self.live = Live(self._subscriber)
 

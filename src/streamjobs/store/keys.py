@@ -43,6 +43,7 @@ KEYS: tuple[Key, ...] = (
     _key("job:<job>:events", "stream", "job", "the job's log"),
     _key("job:<job>:children", "set", "job", "jobs it spawned"),
     _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
+    _key("job:<job>:artifacts", "hash", "job", "what it made: name -> content, name/ -> media type"),
     _key("idem:<any>", "string", "job", "digest of (owner, Idempotency-Key) -> job id and body digest"),
     _key("ckey:<any>", "string", "live", "digest of (owner, concurrency_key) -> the job that holds it"),
     _key("work:<any>", "stream", "live", "tickets of one queue and class; group `workers`"),
@@ -60,6 +61,9 @@ KEYS: tuple[Key, ...] = (
     _key("worker:<any>", "string", "ttl", "a worker's registration"),
     _key("workers", "zset", "live", "worker ids by heartbeat"),
 )
+
+HEAD = KEYS[0]
+"""The kind of key that every job has one of."""
 
 META = "sj:meta"
 """Hash: what a store was created with (partitions, format). One a store."""
@@ -106,6 +110,7 @@ FIELDS: dict[str, str] = {
     "depth": "1 for a child, one more for each generation below",
     "family": "set if it has children",
     "asked": "set if it has a `seen` key",
+    "artifacts": "bytes of all its artifacts; set if it has any",
 }
 """Fields of a job's hash, all optional but the first few."""
 

@@ -115,6 +115,7 @@ class Scripts:
     SIGNAL: ClassVar = Script("signal")
     PAUSE: ClassVar = Script("pause", "allow-oom")
     RESUME: ClassVar = Script("resume", "allow-oom")
+    ARTIFACT: ClassVar = Script("artifact")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
