@@ -10,6 +10,7 @@ Each script's method answers what the script answers, as lists of str, int and b
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +204,7 @@ class Model:
         self.looked_at: dict[str, int] = {}
         self.records: dict[str, Record] = {}
         self.filed: dict[str, Filed] = {}
+        self.buckets: dict[str, tuple[float, int]] = {}
         self.last_sweep: int | None = None
         self.grace = 0
         self.feed: list[tuple[str, int, str]] = []
@@ -661,6 +663,27 @@ class Model:
             return ["limit", "all"]
         self.jobs[job_id].artifacts = artifacts
         return ["ok", size]
+
+    # --- token buckets -----------------------------------------------------------------------------------
+
+    def token_in(self, name: str, period: float, burst: int) -> float:
+        """How long until the bucket has a token: it fills by one each period, up to `burst`."""
+        return max(0.0, self.full_at(name) - period * (burst - 1) - self.now)
+
+    def full_at(self, name: str) -> float:
+        """When it is full again; a clock that stepped back takes that along."""
+        full, written = self.buckets.get(name, (self.now, self.now))
+        return max(self.now, full + min(0, self.now - written))
+
+    def take_token(self, name: str, period: float) -> None:
+        self.buckets[name] = float(f"{self.full_at(name) + period:.3f}"), self.now
+
+    def permit(self, name: str, period: float, burst: int, patience: int) -> list[Any]:
+        wait = self.token_in(f"bucket:{name}", period, burst)
+        if wait > patience:
+            return ["later", math.ceil(wait)]
+        self.take_token(f"bucket:{name}", period)
+        return ["go", math.ceil(wait)]
 
     # --- wake --------------------------------------------------------------------------------------------
 

@@ -193,6 +193,18 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Permit:
+    """Ask for one of two permits, each of which comes back after seven seconds and a third."""
+
+    name: str = "a"
+    patience: int = 0
+
+    def play(self, duel: Duel) -> None:
+        arguments: Any = self.name, 7333.333333, 2, self.patience
+        duel.compare("permit", lambda: duel.model.permit(*arguments), *arguments)
+
+
+@dataclass(frozen=True)
 class Wake:
     """Sweep once."""
 

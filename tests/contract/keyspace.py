@@ -7,6 +7,7 @@ that Redis's own clock made; `check_invariants` judges what was found by itself 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -82,6 +83,8 @@ def expected(model: Model) -> dict[str, Found]:
     for worker, filed in model.filed.items():
         leases = (f"{job_id}:{epoch}" for job_id, epoch in filed.leases)
         state[f"take:{worker}"] = Found(" ".join([str(filed.number), *leases]), 1)
+    for name, (full, written) in model.buckets.items():
+        state[name] = Found(f"{full:.3f} {written}", math.ceil(full))
     for owner, entries in model.owner_feeds.items():
         state[f"owner:{owner}:events"] = Found([(*entry[:3], entry[3].decode()) for entry in entries], 1)
     return state | {name: Found(value, -1) for name, value in shared_keys(model).items() if value}

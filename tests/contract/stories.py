@@ -12,6 +12,7 @@ from tests.contract.commands import (
     Command,
     Idle,
     Keep,
+    Permit,
     Renew,
     Row,
     Submission,
@@ -116,6 +117,11 @@ STORIES: dict[str, list[Command]] = {
         ONE, Take(), Keep(size=12), Again(), Keep(size=20), Keep(size=21), Keep(name="b", size=11),
         Keep(name="b", size=10), Keep(size=19), Keep(name="b", size=11), FINISH, Keep(stale=True),
         Advance(310_000), Keep(stale=True),
+    ],
+    "permits": [
+        Permit(), Again(), Permit(), Permit(patience=7_000), Advance(400), Permit(patience=7_000), Permit(),
+        Permit(name="b"), Advance(20_000), *[Permit()] * 3, Advance(-3_600_000), Permit(), Advance(7_334),
+        *[Permit()] * 2,
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

@@ -45,6 +45,16 @@ MUTATIONS: dict[str, Mutation] = {
     "artifacts of one job fill the store": Mutation(
         "artifact", "if all > tonumber(ARGV[8]) then", "if false then"
     ),
+    "a clock that stepped back stops a tool for as long": Mutation(
+        "common", " + math.min(0, NOW - tonumber(written))", ""
+    ),
+    "permits are saved up while nobody asks": Mutation(
+        "common", "full = math.max(NOW, tonumber(at)", "full = (tonumber(at)"
+    ),
+    "a bucket is never empty": Mutation(
+        "permit", "if answer[1] == 'go' then take_token", "if false then take_token"
+    ),
+    "who is sent away has used a permit": Mutation("permit", "if answer[1] == 'go' then", "if true then"),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"

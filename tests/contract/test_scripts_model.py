@@ -34,6 +34,7 @@ signal: ok dup already limit gone
 pause: paused requested dup already gone
 resume: resumed dup already gone
 artifact: ok fenced limit_one limit_all gone
+permit: go later
 job.requeued: timer signal child yield retry held released
 """
 """Everything that a script can say, and the reasons for which a job is queued again."""

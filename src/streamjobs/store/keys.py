@@ -57,6 +57,7 @@ KEYS: tuple[Key, ...] = (
     _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
     _key("feed", "stream", "capped", "notes for projections"),
     _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
+    _key("bucket:<any>", "string", "ttl", "permits of one name: when all are there again"),
     _key("take:<any>", "string", "ttl", "a worker's last take, for its resend"),
     _key("worker:<any>", "string", "ttl", "a worker's registration"),
     _key("workers", "zset", "live", "worker ids by heartbeat"),

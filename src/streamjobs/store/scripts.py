@@ -116,6 +116,7 @@ class Scripts:
     PAUSE: ClassVar = Script("pause", "allow-oom")
     RESUME: ClassVar = Script("resume", "allow-oom")
     ARTIFACT: ClassVar = Script("artifact")
+    PERMIT: ClassVar = Script("permit", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 

@@ -114,6 +114,25 @@ local function count_inbox(job)
   if job.h.lease then redis.call(OPT.publish, PREFIX .. 'inbox', job.id) end
 end
 
+-- Token buckets --------------------------------------------------------------------------------------
+
+-- A bucket is the instant at which it will be full again, and when that was written: where the clock stepped back
+-- since, the instant goes back with it. Returns how long until there is a token, and that instant.
+local function bucket_wait(key, period, burst)
+  local full, known = NOW, redis.call('GET', key)
+  if known then
+    local at, written = string.match(known, '^(%S+) (%d+)$')
+    full = math.max(NOW, tonumber(at) + math.min(0, NOW - tonumber(written)))
+  end
+  return math.max(0, full - period * (burst - 1) - NOW), full
+end
+
+-- `full` is as bucket_wait returned it; the key goes when it would say no more than its absence
+local function take_token(key, period, full)
+  local at = string.format('%.3f', full + period)
+  redis.call('SET', key, at .. ' ' .. NOW_TEXT, 'PXAT', string.format('%d', math.ceil(tonumber(at))))
+end
+
 -- Timers: at most one member a job, the earliest of what it waits for -----------------------------------
 
 local function timers_of(job) return job.h.timers and cjson.decode(job.h.timers) or {} end
