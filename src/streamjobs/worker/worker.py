@@ -122,7 +122,7 @@ class Worker:
             committers,
             self._draining.is_set,
             self._left_behind,
-            lambda tool: tool in self._struck,
+            self._is_struck,
         )
         keeper = LeaseKeeper(self._settings, self._on_renewals, plain=self._store.is_plain)
         loops = [asyncio.create_task(loop, name=name) for name, loop in self._loops(committers)]
@@ -343,6 +343,9 @@ class Worker:
 
         await self._store.live.on_inbox(self._store.partitions, hear)
         await asyncio.get_running_loop().create_future()
+
+    def _is_struck(self, tool: str) -> bool:
+        return tool in self._struck
 
     async def _watch_strikes(self) -> None:
         """Know which tools an operator has struck; those that wait for one look again by themselves."""
