@@ -294,6 +294,39 @@ class App:
             return self._workflows[kind]
         raise UnknownKind(_unknown("kind", kind, self.kinds))
 
+    def run_inline(
+        self,
+        kind: str,
+        input: object = None,  # noqa: A002 - the word of the API
+        *,
+        settings: Settings | None = None,
+        owner: str = "inline",
+        timeout: float | None = None,
+        signals: Mapping[str, Any] | None = None,
+        on_event: Callable[[str, Any], None] | None = None,
+    ) -> Any:
+        """Run a job of this kind here, without any server, and return its result.
+
+        For tests and small scripts.
+
+        In a running event loop it is to be awaited. `signals` are there from the start: a name and its
+        payload, or a list of payloads (an approval is `{"approval": "approve"}`). `on_event` is called with
+        the job's id and each event. Raises `InlineJobFailed`, whose `view` says how it ended, and what a
+        submission raises.
+        """
+        inline = importlib.import_module("streamjobs.worker.inline")  # a layer above
+        work = inline.run(
+            self,
+            kind,
+            input,
+            settings=settings,
+            owner=owner,
+            timeout=timeout,
+            signals=signals,
+            on_event=on_event,
+        )
+        return inline.run_here(work)
+
     def check_submission(self, kind: str, raw_input: bytes | msgspec.Raw) -> None:
         """Refuse what could not run.
 
