@@ -150,6 +150,7 @@ class Job:
     artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     ended: int | None = None
     error: str = ""
+    rerun: str = ""
     expiry: int | None = None
 
     @property
@@ -679,6 +680,16 @@ class Model:
             return ["limit", "all"]
         self.jobs[job_id].artifacts = artifacts
         return ["ok", size]
+
+    def run_again(self, job_id: str, new_id: str) -> list[Any]:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return ["gone"]
+        if not job.is_ended:
+            return ["live", job.status]
+        job.rerun = new_id
+        self.dead.pop(job_id, None)
+        return ["ok"]
 
     # --- strikes -----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from tests.contract.commands import (
     Keep,
     Permit,
     Renew,
+    Rerun,
     Row,
     Strike,
     Submission,
@@ -148,6 +149,9 @@ STORIES: dict[str, list[Command]] = {
             )
         ],
         Wake(), Advance(100_000), Wake(1), Advance(200_000), Wake(1), Wake(),
+    ],
+    "run again": [
+        ONE, Take(), Rerun(), Append((Row(outcome="failed"),)), Rerun(), Again(), Rerun(new=2), Rerun(slot=5),
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

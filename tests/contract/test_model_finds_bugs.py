@@ -72,6 +72,15 @@ MUTATIONS: dict[str, Mutation] = {
     "jobs that are there leave the list": Mutation(
         "wake", "== 'failed' then return end", "== '' then return end"
     ),
+    "what is run again stays listed": Mutation("rerun", "redis.call('ZREM', PREFIX .. 'dead', id)", ""),
+    "a live job is taken for one that is run again": Mutation(
+        "rerun", "if not ENDED[job.h.status] then", "if false then"
+    ),
+    "a job that is gone comes back as a field": Mutation(
+        "rerun",
+        "if not job then return { 'gone' } end",
+        "if not job then redis.call('HSET', PREFIX .. 'job:' .. id, 'rerun', new) return { 'gone' } end",
+    ),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"

@@ -85,6 +85,7 @@ FIELDS: dict[str, str] = {
     "created": "ms; also the epoch half of its first event's id",
     "ended": "ms",
     "error": "code of what it failed with",
+    "rerun": "the newest job that runs it again",
     "seq": "of its last event",
     "last": "id of its last event",
     "bytes": "of all event contents",
@@ -169,6 +170,14 @@ def child_job_id(parent_id: str, key: str) -> str:
     """The id of a parent's child: the same for the same key, so that spawning again finds it."""
     digest = hashlib.blake2b(f"{parent_id}\0{key}".encode(), digest_size=16).digest()
     return _format_id(partition_of_job(parent_id), digest)
+
+
+def rerun_job_id(job_id: str, key: str) -> str:
+    """The id of the job that runs another one again: the same for the same key."""
+    digest = hashlib.blake2b(
+        f"{job_id}\0{key}".encode(errors="surrogatepass"), digest_size=16, person=b"rerun"
+    )
+    return _format_id(partition_of_job(job_id), digest.digest())
 
 
 def _format_id(partition: int, random: bytes) -> str:

@@ -120,6 +120,7 @@ class Scripts:
     ARTIFACT: ClassVar = Script("artifact")
     PERMIT: ClassVar = Script("permit", "allow-oom")
     STRIKE: ClassVar = Script("strike", "allow-oom")
+    RERUN: ClassVar = Script("rerun")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
