@@ -34,11 +34,13 @@ from streamjobs.events import UNENCODABLE, JobQueued, Json, decode_event, encode
 from streamjobs.store import keys
 from streamjobs.store.dead import Dead, DeadFilter
 from streamjobs.store.log import Log, stored_cursor
+from streamjobs.store.recent import Recent
 from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BATCH = 500
+_HEAD = ("status", "owner", "kind", "queue", "last", "cancel", "created")
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,7 @@ class JobRecord(NamedTuple):
     queue: str
     last: Cursor
     cancel_requested: bool
+    created_ms: int = 0
 
     @property
     def is_ended(self) -> bool:
@@ -103,6 +106,7 @@ class Jobs:
         self._settings = settings
         self._log = Log(client, scripts)
         self._dead = Dead(client, settings)
+        self._recent = Recent(client, settings)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
@@ -175,13 +179,24 @@ class Jobs:
         Raises `JobNotFound`.
         """
         with translated():
-            head: list[Any] = await self._client.hmget(
-                keys.job_key(job_id), ["status", "owner", "kind", "queue", "last", "cancel"]
-            )
+            head: list[Any] = await self._client.hmget(keys.job_key(job_id), _HEAD)
         if head[0] is None:
             raise JobNotFound("no such job")
-        status, owner, kind, queue, last = (text(value) for value in head[:5])
-        return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), bool(head[5]))
+        return _record(job_id, head)
+
+    async def recent(self, owner: str, *, limit: int = 50, before: str = "") -> tuple[list[JobRecord], str]:
+        """An owner's jobs, newest first, behind the cursor `before`; and the next cursor, empty at the end.
+
+        Only jobs that the owner's feed still names and that are still kept; a page may be shorter than
+        `limit` (1 to 500) and not the last. Raises `InvalidCursor`.
+        """
+        ids, cursor = await self._recent.page(owner, max(1, min(limit, 500)), before)
+        with translated():
+            async with self._client.pipeline(transaction=False) as pipe:
+                for job_id in ids:
+                    pipe.hmget(keys.job_key(job_id), _HEAD)
+                heads: list[list[Any]] = await pipe.execute() if ids else []
+        return [_record(i, head) for i, head in zip(ids, heads, strict=True) if head[0] is not None], cursor
 
     async def cancel(self, job_id: str, *, by: str = "", reason: str = "") -> str:
         """Ask for a job's end; its children's too.
@@ -288,6 +303,12 @@ class Jobs:
         if words[0] == "gone":
             raise JobNotFound("no such job")
         return words
+
+
+def _record(job_id: str, head: list[Any]) -> JobRecord:
+    status, owner, kind, queue, last = (text(value) for value in head[:5])
+    cancelled, created = bool(head[5]), int(head[6] or 0)
+    return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), cancelled, created)
 
 
 def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
