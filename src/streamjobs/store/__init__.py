@@ -17,6 +17,7 @@ from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.permits import Permit, Permits
+from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
@@ -40,6 +41,8 @@ __all__ = [
     "Page",
     "Permit",
     "Permits",
+    "QueueInfo",
+    "Queues",
     "Receipt",
     "Renewal",
     "Store",
@@ -73,6 +76,7 @@ class Store:
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
         self.dead = Dead(client, settings)
+        self.queues = Queues(client, settings)
         self.workers = Workers(client, settings)
         self.live = Live(self._subscriber)
 

@@ -64,6 +64,7 @@ KEYS: tuple[Key, ...] = (
     _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
     _key("feed", "stream", "capped", "notes for projections"),
     _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
+    _key("rate:<any>", "string", "ttl", "an owner's submissions: when a whole minute's are there again"),
     _key("bucket:<any>", "string", "ttl", "permits of one name: when all are there again"),
     _key("take:<any>", "string", "ttl", "a worker's last take, for its resend"),
     _key("worker:<any>", "string", "ttl", "a worker's registration"),
@@ -85,6 +86,7 @@ FIELDS: dict[str, str] = {
     "created": "ms; also the epoch half of its first event's id",
     "ended": "ms",
     "error": "code of what it failed with",
+    "rerun": "the newest job that runs it again",
     "seq": "of its last event",
     "last": "id of its last event",
     "bytes": "of all event contents",
@@ -103,6 +105,7 @@ FIELDS: dict[str, str] = {
     "ticket": "class and entry id of its ticket",
     "held": "why it is held",
     "order": "its place among held jobs",
+    "unpaid": "set while its owner's rate has no token for it",
     "wake": "ms, when a scheduled job goes on",
     "timers": "JSON, key -> ms",
     "timeout": "ms, from first start to end",
@@ -169,6 +172,14 @@ def child_job_id(parent_id: str, key: str) -> str:
     """The id of a parent's child: the same for the same key, so that spawning again finds it."""
     digest = hashlib.blake2b(f"{parent_id}\0{key}".encode(), digest_size=16).digest()
     return _format_id(partition_of_job(parent_id), digest)
+
+
+def rerun_job_id(job_id: str, key: str) -> str:
+    """The id of the job that runs another one again: the same for the same key."""
+    digest = hashlib.blake2b(
+        f"{job_id}\0{key}".encode(errors="surrogatepass"), digest_size=16, person=b"rerun"
+    )
+    return _format_id(partition_of_job(job_id), digest.digest())
 
 
 def _format_id(partition: int, random: bytes) -> str:

@@ -1,4 +1,6 @@
--- submit: new jobs; each gets its log, its hash, and a ticket, a timer or a hold.
+-- submit: new jobs; each gets its log, its hash, and a ticket, a timer or a hold. One over its owner's rate is held
+-- until there is a token for it, behind those that wait already. A delayed one pays when it wakes: what the rate
+-- protects is the work, and a thousand jobs for tonight take nothing from today's.
 -- ARGV 2 n, then per row 13: id, owner, kind, queue, priority, delay, start_timeout, timeout, ckey, idem, body, parent, event
 --   ckey, idem: digests scoped to the owner, or ''; body: digest of the request; durations in ms, 0 for none;
 --   event: job.queued as JSON without ts
@@ -34,6 +36,18 @@ local function orphaned(family, owner)
   if h.family and redis.call('SCARD', family.key .. ':children') >= OPT.max_children then
     return { 'children', OPT.max_children }
   end
+end
+
+-- Whether it waits its turn from the start
+local function admit(job, delay)
+  local queue, owner = job.h.queue, job.h.owner
+  if OPT.owner_rate > 0 then
+    local list = PREFIX .. 'held:' .. queue .. '|' .. owner
+    if delay > 0 or redis.call('EXISTS', list) == 1 or not token_for(owner) then put(job, 'unpaid', '1') else pay(job) end
+  end
+  if delay > 0 then return end
+  local is_full = OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit
+  if job.h.unpaid or is_full then put(job, 'held', 'owner_limit') end
 end
 
 local function place(job, delay, start_timeout, queued)
@@ -79,10 +93,8 @@ local function submit(at)
     put(job, 'depth', depth)
     stamp = stamp .. '"depth":' .. depth .. ','
   end
-  if delay == 0 and OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit then
-    put(job, 'held', 'owner_limit')
-    stamp = stamp .. '"held":"owner_limit",'
-  end
+  admit(job, delay)
+  if job.h.held then stamp = stamp .. '"held":"owner_limit",' end
   local queued = stamp .. string.sub(event, 2)
   emit(job, NOW_TEXT, 'job.queued', queued)
   place(job, delay, start_timeout, #queued <= OPT.inline_bytes and queued)
