@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 
 LAYERS = [
     {"errors"},
-    {"cursor", "events", "faults"},
-    {"job", "retry", "config", "metrics"},
+    {"cursor", "events", "faults", "cron"},
+    {"job", "retry", "config", "metrics", "schedule"},
     {"logs"},
     {"store", "llm"},
     {"app", "builtin"},

@@ -11,10 +11,12 @@ from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
 from streamjobs.store import keys
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
-from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
+from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
+from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -32,10 +34,14 @@ __all__ = [
     "Page",
     "Receipt",
     "Renewal",
+    "ScheduleRecord",
+    "Schedules",
     "Store",
     "Submission",
     "Sweep",
     "Taken",
+    "Tick",
+    "Ticks",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -58,6 +64,8 @@ class Store:
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
         self.workers = Workers(client, settings)
+        self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
+        self.ticks = Ticks(self.schedules, self.jobs)
         self.live = Live(self._subscriber)
 
     @classmethod

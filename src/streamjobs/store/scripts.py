@@ -111,6 +111,8 @@ class Scripts:
     SIGNAL: ClassVar = Script("signal")
     PAUSE: ClassVar = Script("pause", "allow-oom")
     RESUME: ClassVar = Script("resume", "allow-oom")
+    SCHEDULE: ClassVar = Script("schedule")
+    SCHEDULE_ALWAYS: ClassVar = Script("schedule", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
