@@ -1,4 +1,4 @@
-"""The registry of a program: its tools, agents and workflows, and what a submission is checked against.
+"""The registry of a program: its tools, agents, workflows, schedules; what a submission is checked against.
 
 Rule 1: worker and gateway import the same App; nothing here touches Redis or a provider.
 Rule 2: a registration that cannot work raises at import, it never becomes a failed job.
@@ -29,10 +29,13 @@ from typing import Any, Literal, TypeVar, overload
 
 import msgspec
 
+from streamjobs.agents import Agent, AgentFunction
 from streamjobs.config import Settings
+from streamjobs.cron import Timing
 from streamjobs.errors import ConfigError, Invalid, UnknownAgent, UnknownKind, UnknownTool
-from streamjobs.events import UNENCODABLE, Json, clean_text
+from streamjobs.events import UNENCODABLE, Json, clean_text, encode_json
 from streamjobs.llm.base import ToolSpec
+from streamjobs.schedule import Missed, Overlap, Schedule
 
 CHAT = "chat"
 """The kind that every App has; the worker brings its implementation."""
@@ -325,63 +328,6 @@ def first_paragraph(function: Callable[..., Any]) -> str:
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
 
-# --- agents ------------------------------------------------------------------------------------------
-
-AgentFunction = Callable[..., str | None]
-"""Takes the `ChatInput`, or nothing."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Agent:
-    """A named way to chat: who answers, with which model, parameters and tools.
-
-    `function`, if any, gives instructions for one input; what it does not give, `instructions` does.
-    """
-
-    name: str
-    role: str = ""
-    backstory: str = ""
-    instructions: str = ""
-    model: str = ""
-    parameters: Mapping[str, Json] = dataclasses.field(default_factory=dict[str, Json])
-    tools: tuple[str, ...] = ()
-    function: AgentFunction | None = dataclasses.field(default=None, repr=False)
-    registry: dict[str, Agent] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
-
-    def __call__(self, function: AgentFunction) -> Agent:
-        """Take the instructions from a function (its docstring, or what it returns): the decorator form."""
-        _require_agent_function(function, self.name)
-        instructions = self.instructions or inspect.getdoc(function) or ""
-        agent = dataclasses.replace(self, function=function, instructions=instructions)
-        self.registry[self.name] = agent
-        return agent
-
-    def system_prompt(self, chat: ChatInput | None = None) -> str:
-        """Join role, backstory and instructions by blank lines; `chat` is what the agent's function sees."""
-        role = self.role.strip()
-        if role and not role.lower().startswith("you "):
-            role = f"You are {role.rstrip('.')}."
-        instructions = self._instructions_for(chat) or self.instructions
-        parts = (role, self.backstory.strip(), instructions.strip())
-        return "\n\n".join(part for part in parts if part)
-
-    def _instructions_for(self, chat: ChatInput | None) -> str | None:
-        takes_chat = self.function is not None and bool(inspect.signature(self.function).parameters)
-        if self.function is None or (takes_chat and chat is None):
-            return None
-        said = typing.cast("object", self.function(chat) if takes_chat else self.function())
-        if said is None or isinstance(said, str):
-            return said
-        raise TypeError(f"agent {self.name!r}: its function must return a str, not {type(said).__name__}")
-
-
-def _require_agent_function(function: AgentFunction, name: str) -> None:
-    if inspect.iscoroutinefunction(function):
-        raise TypeError(f"agent {name!r}: its function must not be async")
-    if len(inspect.signature(function).parameters) > 1:
-        raise TypeError(f"agent {name!r}: its function takes nothing, or the ChatInput")
-
-
 # --- workflows ---------------------------------------------------------------------------------------
 
 
@@ -463,7 +409,7 @@ def _positional_of(function: Callable[..., Any], what: str) -> Sequence[inspect.
 
 
 class App:
-    """The tools, agents and workflows of one program.
+    """The tools, agents, workflows and schedules of one program.
 
     `builtin_tools=False` starts without those of `streamjobs.builtin`, or with your own of the same names.
     """
@@ -473,6 +419,7 @@ class App:
         self._tools: dict[str, Tool] = {}
         self._agents: dict[str, Agent] = {}
         self._workflows: dict[str, Workflow] = {}
+        self._schedules: dict[str, Schedule] = {}
         if builtin_tools:
             from streamjobs.builtin import BUILTIN_TOOLS  # it is written with Tool and ToolContext
 
@@ -496,6 +443,11 @@ class App:
     def workflows(self) -> Mapping[str, Workflow]:
         """The program's own workflows by their kind; `chat` is not among them."""
         return MappingProxyType(self._workflows)
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Every schedule by its name; workers make the store's the same when they start."""
+        return MappingProxyType(self._schedules)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -666,6 +618,46 @@ class App:
             return self._workflows[kind]
         raise UnknownKind(_unknown("kind", kind, self.kinds))
 
+    def schedule(
+        self,
+        name: str,
+        kind: str,
+        *,
+        cron: str = "",
+        timezone: str = "UTC",
+        every: float = 0.0,
+        offset: float = 0.0,
+        input: Json = None,  # noqa: A002 - what it is called everywhere
+        owner: str = "system",
+        queue: str = "",
+        missed: Missed = "skip",
+        overlap: Overlap = "allow",
+        **fields: Any,
+    ) -> Schedule:
+        """Register a job that recurs: by `cron` in a `timezone`, or `every` so many seconds.
+
+        `fields` are the others of `Schedule`, as `timeout`; what the workflow says itself is the default.
+        Raises `Invalid`, `UnknownKind` for a workflow that is not registered before, what `check_submission`
+        raises for the input, and `ValueError` for a name that is taken or does not fit.
+        """
+        _require_new("schedule", name, self._schedules, NAME)
+        raw_input = msgspec.Raw(encode_json(input))
+        self.check_submission(kind, raw_input)
+        workflow = self._workflows.get(kind)
+        schedule = Schedule(
+            name=name,
+            kind=kind,
+            timing=Timing(cron=cron, timezone=timezone, every=every, offset=offset),
+            owner=owner,
+            input=raw_input,
+            queue=queue or (workflow and workflow.queue) or "",
+            missed=missed,
+            overlap=overlap,
+            **(_schedule_defaults(workflow) | fields),
+        )
+        self._schedules[name] = schedule
+        return schedule
+
     def check_submission(self, kind: str, raw_input: bytes | msgspec.Raw) -> None:
         """Refuse what could not run.
 
@@ -682,6 +674,12 @@ class App:
             self.find_agent(chat.agent)
         for name in chat.tools or ():
             self.find_tool(name)
+
+
+def _schedule_defaults(workflow: Workflow | None) -> dict[str, Any]:
+    return (
+        {} if workflow is None else {"timeout": workflow.timeout, "max_attempts": workflow.max_attempts or 0}
+    )
 
 
 def _require_new(what: str, name: str, taken: Iterable[str], pattern: re.Pattern[str]) -> None:

@@ -20,6 +20,10 @@ all: each gives its job, the newest `MAX_CATCH_UP` of them"""
 Overlap = Literal["allow", "skip"]
 """skip: no job for a tick while the job of the one before is live"""
 
+Priority = Literal["high", "default", "low"]
+
+_CHOICES = {"missed": get_args(Missed), "overlap": get_args(Overlap), "priority": get_args(Priority)}
+
 GRACE_MS = 60_000
 MAX_CATCH_UP = 100
 
@@ -50,7 +54,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = "system"
     input: msgspec.Raw = msgspec.Raw(b"null")
     queue: str = ""
-    priority: str = "default"
+    priority: Priority = "default"
     metadata: dict[str, Json] = {}
     thread_id: str = ""
     timeout: float | None = None
@@ -62,7 +66,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise Invalid("name: must not be empty")
-        for field, allowed in (("missed", get_args(Missed)), ("overlap", get_args(Overlap))):
+        for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise Invalid(f"{field}: one of {', '.join(allowed)}")
 
