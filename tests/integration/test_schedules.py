@@ -1,4 +1,4 @@
-"""Schedules on a real Redis: one job a tick whoever sweeps, what happens to missed ticks, and what code declares."""
+"""Schedules on a real Redis: one job a tick whoever sweeps, what becomes of missed ticks, what code declares."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from streamjobs.schedule import Schedule
 from streamjobs.store import ScheduleRecord, Store, Tick, keys
 from streamjobs.store import schedules as schedules_module
 from streamjobs.store.sweeper import Sweeper
+from streamjobs.worker.worker import Worker
 from tests.conftest import RedisProcess, wait_until
 from tests.harness import ROOT, Lab, lab, says, talking, working
 
@@ -420,5 +421,5 @@ async def test_a_worker_whose_schedule_cannot_be_does_not_start(store: Store):
     app = reporting()
     app.schedule("weekly", "report", every=60, input="x", queue="nowhere")
     with pytest.raises(UnknownQueue, match="nowhere"):
-        async with asyncio.timeout(10), working(store, app):
-            await asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(10):
+            await Worker(store, app).run()
