@@ -1,4 +1,4 @@
-"""Schedules on a real Redis: one job a tick whoever sweeps, what becomes of missed ticks, what code declares."""
+"""Schedules on a real Redis: one job a tick whoever sweeps, what becomes of missed ticks, what code says."""
 
 from __future__ import annotations
 

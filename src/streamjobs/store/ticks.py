@@ -104,7 +104,7 @@ class Ticks:
             log.error("schedule.failed", schedule=record.id, error=str(error))
             is_ours = await self._schedules.advance(waiting, tick.next_ms, skipped=1, error=str(error)[:500])
             return "failed" if is_ours else None
-        # Somebody made it before. If the schedule still waits for the tick, Redis's clock stepped back over it
+        # Somebody made it before. If its schedule still waits, Redis's clock stepped back over the tick.
         if receipt.repeated and not await self._schedules.advance(waiting, tick.next_ms):
             return None
         return "ticked"

@@ -1,4 +1,4 @@
-"""Agents: a named way to chat, as code registers them with `App.agent`."""
+"""A named way to chat: who answers, with which model, parameters and tools."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamjobs.events import Json
-
-if TYPE_CHECKING:
-    from streamjobs.app import ChatInput
+from streamjobs.inputs import ChatInput
 
 AgentFunction = Callable[..., str | None]
 """Takes the `ChatInput`, or nothing."""
