@@ -23,6 +23,7 @@ from streamjobs.gateway.events import Events
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.probes import Probes
+from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
@@ -44,8 +45,9 @@ class Gateway:
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
         jobs = JobRoutes(store, self.hub, registry, settings).routes()
         events = Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"])
+        schedules = ScheduleRoutes(store, registry, settings).routes()
         self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*jobs, events, *([] if settings.ops_port else probes)])
+        self.asgi: ASGIApp = routed([*jobs, events, *schedules, *([] if settings.ops_port else probes)])
 
     async def start(self) -> None:
         """Start the loops."""
