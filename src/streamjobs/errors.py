@@ -97,6 +97,12 @@ class Overlapping(StreamjobsError):
     code, http_status = "overlapping", 409
 
 
+class ArtifactNotFound(JobNotFound):
+    """The job is there and has no artifact of that name."""
+
+    code = "artifact_not_found"
+
+
 class JobEnded(StreamjobsError):
     """The job has ended; what was asked for needs a live one."""
 

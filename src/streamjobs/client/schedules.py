@@ -21,10 +21,10 @@ class SchedulesClient:
         self,
         name: str,
         kind: str,
-        input: Json = None,
+        input: Json = None,  # noqa: A002 - what it is called everywhere
         *,
         key: str = "",
-        **fields: Json,  # noqa: A002
+        **fields: Json,
     ) -> dict[str, Any]:
         """Make a schedule; `fields` are those of `POST /v1/schedules`: `cron` and `timezone`, or `every`, …
 

@@ -30,7 +30,7 @@ SHOWN = 5
 
 
 class ScheduleRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A schedule's body: when (`cron` and `timezone`, or `every` in seconds), and the job as in a submission."""
+    """A schedule: when (`cron` and `timezone`, or `every` in seconds), and the job as in a submission."""
 
     name: Annotated[Label, msgspec.Meta(min_length=1)]
     kind: Label

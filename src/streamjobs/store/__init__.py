@@ -10,11 +10,13 @@ from redis.asyncio import Redis
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
 from streamjobs.store import keys
+from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.schedules import ScheduleRecord, Schedules
+from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
@@ -22,6 +24,7 @@ from streamjobs.store.workers import WorkerInfo, Workers
 
 __all__ = [
     "Answer",
+    "Artifacts",
     "Batch",
     "Entry",
     "JobRecord",
@@ -32,6 +35,8 @@ __all__ = [
     "Log",
     "Outcome",
     "Page",
+    "Permit",
+    "Permits",
     "Receipt",
     "Renewal",
     "ScheduleRecord",
@@ -63,6 +68,8 @@ class Store:
         self.log = Log(client, scripts)
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
+        self.artifacts = Artifacts(client, scripts, settings)
+        self.permits = Permits(scripts, settings)
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
         self.ticks = Ticks(self.schedules, self.jobs)
