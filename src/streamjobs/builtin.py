@@ -27,8 +27,8 @@ from datetime import UTC, datetime, tzinfo
 
 import msgspec
 
-from streamjobs.app import Tool, ToolContext
 from streamjobs.errors import ToolError
+from streamjobs.tool import Tool, ToolContext
 
 Number = int | float
 

@@ -18,8 +18,9 @@ from streamjobs.app import App, ToolContext
 from streamjobs.config import Settings
 from streamjobs.errors import Invalid, ToolError
 from streamjobs.events import ErrorInfo, ToolCompleted, decode_event, encode_event
-from streamjobs.worker import tools
-from streamjobs.worker.tools import ToolOutcome, abandoned_calls, call_tool, idempotency_key, tool_result_text
+from streamjobs.worker import calls
+from streamjobs.worker.calls import abandoned_calls
+from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, tool_result_text
 
 SETTINGS = Settings(tool_timeout=5.0, max_tool_output=1000)
 
@@ -61,7 +62,7 @@ def call() -> Caller:
 @pytest.fixture(autouse=True)
 async def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """Every test ends what it abandoned."""
-    monkeypatch.setattr(tools, "CANCEL_GRACE", 0.05)
+    monkeypatch.setattr(calls, "CANCEL_GRACE", 0.05)
     yield
     async with asyncio.timeout(5):
         while abandoned_calls():
@@ -220,8 +221,8 @@ async def test_sync_tools_run_beside_the_loop_with_its_variables(call: Caller) -
 
 async def test_threads_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch, call: Caller) -> None:
     """Without this a burst of calls would start a thread each."""
-    pool = tools._Threads(limit=3)
-    monkeypatch.setattr(tools, "_threads", pool)
+    pool = calls._Threads(limit=3)
+    monkeypatch.setattr(calls, "_threads", pool)
     lock, now, most, names = threading.Lock(), 0, 0, set()
 
     def work() -> None:
@@ -300,7 +301,7 @@ async def test_hanging_threads_are_replaced_and_then_no_more(
     monkeypatch: pytest.MonkeyPatch, call: Caller
 ) -> None:
     """Without this a few hanging calls would stop every sync tool, or hang threads without end."""
-    monkeypatch.setattr(tools, "_threads", tools._Threads(limit=2))
+    monkeypatch.setattr(calls, "_threads", calls._Threads(limit=2))
     go, ran = threading.Event(), []
     for _ in range(2):
         assert "still runs" in error_of(await call(lambda: go.wait(10), timeout=0.01)).message

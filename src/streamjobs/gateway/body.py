@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.types import Receive, Scope
 
-from streamjobs.app import MAX_DEPTH, bounded, is_too_deep
 from streamjobs.errors import BadRequest, Invalid, TooLarge, TooSlow
 from streamjobs.events import UNENCODABLE, Json
+from streamjobs.inputs import MAX_DEPTH, bounded, is_too_deep
 
 BODY_TIMEOUT = 30.0
 DISCARD_TIMEOUT = 2.0

@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from streamjobs.app import Workflow
 from streamjobs.config import Settings
 from streamjobs.cursor import Cursor, parse_cursor
 from streamjobs.errors import BadRequest, Invalid
@@ -31,6 +30,7 @@ from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.snapshots import Snapshot
 from streamjobs.store import JobRecord, Store, Submission
+from streamjobs.workflow import Workflow
 
 ANONYMOUS = "anonymous"
 OWNER_HEADER = "x-streamjobs-owner"

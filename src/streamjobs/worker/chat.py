@@ -20,12 +20,14 @@ import structlog
 
 from streamjobs import events as ev
 from streamjobs import metrics
-from streamjobs.app import Agent, ChatInput, Tool, ToolContext, is_too_deep
+from streamjobs.agent import Agent
 from streamjobs.errors import Fenced, Invalid, LimitExceeded, ProviderError, StreamjobsError
 from streamjobs.events import ErrorInfo, Json, ToolCallRequest, Usage, clean_text
 from streamjobs.faults import fault
+from streamjobs.inputs import ChatInput, is_too_deep
 from streamjobs.llm.base import Answer, Message, ModelRequest, Piece, TextPiece
 from streamjobs.retry import Backoff
+from streamjobs.tool import Tool, ToolContext
 from streamjobs.worker.context import Context
 from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, tool_result_text
 

@@ -1,24 +1,42 @@
 """What a job's log already holds, arranged for replay. Deltas are not decoded; nothing here reads a clock.
 
+Rule 1: an operation (step, timer, turn, tool, child, approval) is known by `(kind, key)`; where it began is
+in `begun`, what came of it, and what came from outside, is in `occurrences`, in the order of the log.
+Rule 2: a new attempt of the job starts over: what completed stays, what failed is done again, and nothing
+must come again in the order of the attempt before (`begun` is empty then).
+
 It is filled entry by entry, so that a long log does not hold up the event loop.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import msgspec
 
 from streamjobs import events as ev
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
+from streamjobs.events import Event
 from streamjobs.store import Entry
+
+OpKey = tuple[str, str]
+"""What names an operation of a workflow: its kind and its key."""
 
 _INTERRUPTIONS = {
     "job.lost": "the worker before was lost",
     "job.retrying": "the attempt before failed",
     "job.resumed": "the job was paused",
 }
+
+
+class Occurrence(NamedTuple):
+    """Something that a workflow may be told of: an operation's outcome, or news from outside."""
+
+    seq: int
+    op: OpKey
+    event: Event
 
 
 class OpenTurn(msgspec.Struct):
@@ -39,6 +57,14 @@ class ToolRecord(msgspec.Struct):
     outcome: ev.ToolCompleted | ev.ToolFailed | ev.ToolUnknown | None = None
 
 
+class StepRecord(msgspec.Struct):
+    """One step as recorded, without its outcome: the last attempt that began, and the last that failed."""
+
+    attempt: int = 0
+    failed_attempt: int = 0
+    effect: str = ""
+
+
 class History:
     """The recorded past of one job; `cursor` is where it ends.
 
@@ -48,9 +74,16 @@ class History:
     def __init__(self) -> None:
         self.cursor: Cursor = START
         self.queued: ev.JobQueued | None = None
+        self.begun: dict[OpKey, int] = {}
+        self.occurrences: list[Occurrence] = []
+        self.outcomes: set[OpKey] = set()
         self.turns: dict[int, ev.TurnCompleted] = {}
+        self.chats: dict[int, str] = {}
         self.open_turns: dict[int, OpenTurn] = {}
         self.tools: dict[str, ToolRecord] = {}
+        self.steps: dict[str, StepRecord] = {}
+        self.timers: dict[str, ev.TimerSet] = {}
+        self.fired: Counter[str] = Counter()
         self.emitted: Counter[str] = Counter()
         self.interruption = ""
         self.was_lost = False
@@ -66,6 +99,10 @@ class History:
         """What is recorded of a call."""
         return self.tools.setdefault(call_id, ToolRecord(call_id))
 
+    def step(self, key: str) -> StepRecord:
+        """What is recorded of a step."""
+        return self.steps.setdefault(key, StepRecord())
+
     def add(self, entry: Entry) -> None:
         """Take in the next event. Raises `Invalid` for one that does not decode."""
         if entry.type in ev.DELTAS:
@@ -78,28 +115,120 @@ class History:
 
     def _take_in(self, entry: Entry) -> None:
         event = ev.decode_event(entry.type, entry.data)
+        seq = entry.cursor.seq
         match event:
             case ev.JobQueued():
                 self.queued = event
+            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted():
+                self._take_turn(seq, event)
+            case ev.ToolCalled() | ev.ToolStarted() | ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
+                self._take_tool(seq, event)
+            case ev.StepStarted() | ev.StepCompleted() | ev.StepFailed() | ev.StepUnknown():
+                self._take_step(seq, event)
+            case ev.TimerSet():
+                self._begin(("timer", event.key), seq)
+                self.timers[event.key] = event
+            case ev.ChildSpawned():
+                self._begin(("child", event.job), seq)
+            case ev.ApprovalRequested():
+                self._begin(("approval", event.key), seq)
+            case ev.JobRequeued(why="yield"):
+                self.interruption = "the worker before handed the job back"
+                self.was_lost = False
+            case _:
+                self._take_other(seq, entry.type, event)
+
+    def _take_other(self, seq: int, kind: str, event: Event) -> None:
+        news = occurrence_of(seq, event)
+        if news is not None:
+            self._occur(*news)
+            if isinstance(event, ev.TimerFired):
+                self.fired[event.key] += 1
+            return
+        self.emitted[kind] += 1
+        if kind in _INTERRUPTIONS:
+            self.interruption = _INTERRUPTIONS[kind]
+            self.was_lost = kind == ev.JobLost.type
+        if isinstance(event, ev.JobRetrying):
+            self._start_over()
+
+    # --- operations
+
+    def _begin(self, op: OpKey, seq: int) -> None:
+        self.begun.setdefault(op, seq)
+
+    def _occur(self, seq: int, op: OpKey, event: Event) -> None:
+        self.occurrences.append(Occurrence(seq, op, event))
+        self.outcomes.add(op)
+
+    def _start_over(self) -> None:
+        """An attempt failed: the next one does again what failed, and may take another way."""
+        self.begun.clear()
+        failed = {one.op for one in self.occurrences if isinstance(one.event, ev.StepFailed | ev.ToolFailed)}
+        again = failed - self._chat_calls()
+        self.occurrences = [one for one in self.occurrences if one.op not in again]
+        self.outcomes -= again
+        for kind, key in again:
+            (self.steps if kind == "step" else self.tools).pop(key, None)
+
+    def _chat_calls(self) -> set[OpKey]:
+        """Calls that a model asked for: what it was told of them stands."""
+        return {("tool", call.call_id) for turn in self.turns.values() for call in turn.calls}
+
+    def _take_turn(self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted) -> None:
+        op = ("turn", str(event.turn))
+        match event:
             case ev.TurnStarted():
-                self.open_turns[event.turn] = OpenTurn(entry.cursor.seq, event.attempt)
+                self._begin(op, seq)
+                self.open_turns[event.turn] = OpenTurn(seq, event.attempt)
+                self.chats[event.turn] = event.chat
             case ev.TurnRestarted():
                 self.open_turns[event.turn] = OpenTurn(event.supersedes_from, event.attempt)
             case ev.TurnCompleted():
                 self.open_turns.pop(event.turn, None)
                 self.turns[event.turn] = event
+                self._occur(seq, op, event)
+
+    def _take_tool(
+        self,
+        seq: int,
+        event: ev.ToolCalled | ev.ToolStarted | ev.ToolCompleted | ev.ToolFailed | ev.ToolUnknown,
+    ) -> None:
+        op = ("tool", event.call_id)
+        record = self.tool(event.call_id)
+        match event:
             case ev.ToolCalled():
-                self.tool(event.call_id).is_called = True
+                record.is_called = True
+                if event.turn == 0:  # the workflow's own; a chat's belong to its turn
+                    self._begin(op, seq)
             case ev.ToolStarted():
-                record = self.tool(event.call_id)
                 record.starts, record.effect = event.attempt, event.effect
             case ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
-                self.tool(event.call_id).outcome = event
-            case ev.JobRequeued(why="yield"):
-                self.interruption = "the worker before handed the job back"
-                self.was_lost = False
+                record.outcome = event
+                self._occur(seq, op, event)
+
+    def _take_step(
+        self, seq: int, event: ev.StepStarted | ev.StepCompleted | ev.StepFailed | ev.StepUnknown
+    ) -> None:
+        op, record = ("step", event.key), self.step(event.key)
+        match event:
+            case ev.StepStarted():
+                self._begin(op, seq)
+                record.attempt, record.effect = event.attempt, event.effect
+            case ev.StepFailed(will_retry=True):
+                record.failed_attempt = event.attempt
             case _:
-                self.emitted[entry.type] += 1
-                if entry.type in _INTERRUPTIONS:
-                    self.interruption = _INTERRUPTIONS[entry.type]
-                    self.was_lost = entry.type == ev.JobLost.type
+                self._occur(seq, op, event)
+
+
+def occurrence_of(seq: int, event: Event) -> Occurrence | None:
+    """What an event that others write tells a workflow; None for all else."""
+    match event:
+        case ev.SignalReceived():
+            return Occurrence(seq, ("signal", event.name), event)
+        case ev.TimerFired():
+            return Occurrence(seq, ("timer", event.key), event)
+        case ev.ChildEnded():
+            return Occurrence(seq, ("child", event.job), event)
+        case _:
+            return None

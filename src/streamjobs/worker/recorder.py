@@ -16,18 +16,21 @@ the same worker shares nothing with its former life.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
 import structlog
 
 from streamjobs import metrics
 from streamjobs.config import Settings
 from streamjobs.errors import Fenced, LimitExceeded, StoreFull, StoreUnavailable, StreamjobsError
-from streamjobs.events import DELTAS, Event, ReasoningDelta, TextDelta, encode_event
+from streamjobs.events import DELTAS, Event, ReasoningDelta, TextDelta, encode_event, encode_json
 from streamjobs.faults import fault
 from streamjobs.store import Answer, Batch, Lease, Outcome, Work
 from streamjobs.store.keys import partition_of_job
@@ -54,8 +57,9 @@ class _Ending(NamedTuple):
 
     outcome: Outcome
     delay_ms: int = 0
-    timers: bytes = b""
+    timers: Mapping[str, int] = MappingProxyType({})
     has_event: bool = False
+    seen: int = -1
 
 
 _KEEP = _Ending("keep")
@@ -77,6 +81,7 @@ class Journal:
         "_pending",
         "_pieces",
         "_room",
+        "_timers",
         "_tracked",
         "_waiters",
         "asked",
@@ -90,8 +95,11 @@ class Journal:
         "number",
         "on_change",
         "partition",
+        "read",
+        "read_seq",
         "refused",
         "seq",
+        "touched",
         "unwritten",
     )
 
@@ -101,6 +109,9 @@ class Journal:
         self.on_change = on_change
         self.seq = lease.seq
         self.inbox = lease.inbox
+        self.read = lease.inbox
+        self.read_seq = 0
+        self.touched = time.monotonic()
         self.asked = ""
         self.number = 0
         self.committed = 0
@@ -116,11 +127,12 @@ class Journal:
         self._delta: Delta | None = None
         self._pieces: list[str] = []
         self._delta_bytes = 0
-        self._flushed_at = 0.0
+        self._flushed_at = -math.inf
         self._is_beginning = False
         self._batch: Batch | None = None
         self._ending: _Ending | None = None
         self._finished: asyncio.Future[Answer] | None = None
+        self._timers: dict[str, int] = {}
         self._tracked: dict[int, asyncio.Future[int]] = {}
         self._waiters: deque[tuple[int, asyncio.Future[Answer]]] = deque()
         self._room: asyncio.Event | None = None
@@ -149,6 +161,20 @@ class Journal:
         future: asyncio.Future[int] = self._committer.loop.create_future()
         self._tracked[self._emitted] = future
         return future
+
+    def emit_soon(self, event: Event) -> None:
+        """As `emit`, but it may wait for what follows, as long as deltas may."""
+        self._require_open()
+        self._end_delta()
+        self._add(event)
+        self._committer.soon(self)
+
+    def set_timer(self, key: str, delay_ms: int) -> None:
+        """Let the store wake the job after `delay_ms`, unless it has a timer of that key.
+
+        Below 0 the timer is taken back. It goes with what is emitted next.
+        """
+        self._timers[key] = delay_ms
 
     def emit_delta(self, delta: Delta) -> None:
         """Hand in a delta; it joins the one before where it can. Raises as `emit`."""
@@ -195,10 +221,17 @@ class Journal:
         self._require_open()
 
     async def finish(
-        self, outcome: Outcome, event: Event | None = None, *, delay_ms: int = 0, timers: bytes = b""
+        self,
+        outcome: Outcome,
+        event: Event | None = None,
+        *,
+        delay_ms: int = 0,
+        timers: Mapping[str, int] = MappingProxyType({}),
+        seen: int = -1,
     ) -> Answer:
         """Hand in what becomes of the job, with what is still pending, and wait for the answer.
 
+        `seen` is the inbox count that the decision is based on, by default what is known of it now.
         An `inbox` answer leaves the lease as it was; everything else ends the journal. Raises `Fenced`, and
         `LimitExceeded` where the pending events are over the job's budget: they are dropped, finish again.
         """
@@ -208,7 +241,7 @@ class Journal:
         self._end_delta()
         if event is not None:
             self._add(event, checked=False)
-        self._ending = _Ending(outcome, delay_ms, timers, event is not None)
+        self._ending = _Ending(outcome, delay_ms, timers, event is not None, seen)
         self._finished = self._committer.loop.create_future()
         self._committer.ready(self)
         return await self._finished
@@ -231,6 +264,7 @@ class Journal:
         if checked:
             self._require_within_budget(event, len(data))
         self._pending.append((event.type, data))
+        self.touched = time.monotonic()
         self._emitted += 1
         self.unwritten += len(data)
 
@@ -289,11 +323,15 @@ class Journal:
             self.number + 1,
             events,
             ending.outcome,
-            self.inbox,
+            self.inbox if ending.seen < 0 else ending.seen,
             ending.delay_ms,
-            ending.timers,
+            self._next_timers(ending),
         )
         return self._batch
+
+    def _next_timers(self, ending: _Ending) -> bytes:
+        timers = {**self._timers, **ending.timers}
+        return encode_json(timers) if timers else b""
 
     def _next_events(self) -> list[tuple[str, bytes]]:
         """The first of what is pending, as much as one batch may hold; that is taken out."""
@@ -337,6 +375,10 @@ class Journal:
 
     def _on_written(self, batch: Batch, answer: Answer) -> None:
         self.number = batch.number
+        if answer.inbox == self.read:
+            self.read_seq = answer.seq  # nothing from outside came before it that was not read
+        if self._timers:
+            self._forget_timers(batch.timers)
         first = self.committed + 1
         self.committed += len(batch.events)
         self.seq = answer.seq
@@ -354,6 +396,11 @@ class Journal:
             self._settle_finished(answer)
         self._free_room()
         self.note(answer.inbox, answer.asked)
+
+    def _forget_timers(self, written: bytes) -> None:
+        """What the batch carried is set; what changed meanwhile goes with the next one."""
+        sent: dict[str, int] = msgspec.json.decode(written) if written else {}
+        self._timers = {key: delay for key, delay in self._timers.items() if sent.get(key) != delay}
 
     def _on_unread(self, batch: Batch, answer: Answer) -> None:
         """Something came in: who gave the outcome decides again; what else was to be written waits."""
@@ -445,14 +492,19 @@ class Committer:
         """This journal has a delta: at once after a pause or when it is enough, else within the interval."""
         if journal.is_queued:
             return
-        now = time.monotonic()
-        if size >= self._coalesce_bytes or now - flushed_at >= self._interval:
+        if size >= self._coalesce_bytes or time.monotonic() - flushed_at >= self._interval:
             self.ready(journal)
-        elif not journal.is_delayed:
-            journal.is_delayed = True
-            self._delayed.append((now + self._interval, journal))
-            if self._timer is None:
-                self._timer = self.loop.call_later(self._interval, self._release_delayed)
+        else:
+            self.soon(journal)
+
+    def soon(self, journal: Journal) -> None:
+        """This journal has something that may wait for the interval."""
+        if journal.is_queued or journal.is_delayed:
+            return
+        journal.is_delayed = True
+        self._delayed.append((time.monotonic() + self._interval, journal))
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._interval, self._release_delayed)
 
     async def run(self) -> None:
         """Commit until cancelled."""

@@ -3,44 +3,30 @@
 Rule 1: only the cancellation of the caller's own task is raised; no tool fails a job or stops a worker.
 Rule 2: a call's result is what its JSON decodes to, so the log, a replay and the model see the same.
 Rule 3: once an outcome is known, the call is not heard any more: late progress is dropped.
-
-A tool runs in a task, or a thread, of its own, under a guard that catches everything. So a `CancelledError`
-that a tool raises by itself is told from ours, a `SystemExit` does not reach the event loop, and a tool that
-ignores its cancellation is left behind. A thread cannot be killed: past its timeout it is abandoned, counted,
-and replaced as long as not too many hang.
-
-Rejected: `ThreadPoolExecutor` (and `asyncio.to_thread` on it) waits for its threads when the process ends, so
-one hanging tool would keep a drained worker from ending. These threads are daemons.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import hashlib
 import inspect
-import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
 
-from streamjobs.app import MAX_DEPTH, App, Tool, ToolContext, bounded, decode_shallow, is_too_deep
+from streamjobs.app import App
 from streamjobs.config import Settings
 from streamjobs.errors import Invalid, ToolError, UnknownTool
 from streamjobs.events import UNENCODABLE, ErrorInfo, Json, clean_text, encode_json
-
-MAX_THREADS = 64
-"""Sync calls that run at once; as many again may hang and be replaced."""
-
-CANCEL_GRACE = 1.0
-"""Seconds that a cancelled async tool has for its clean-up before it is left behind."""
+from streamjobs.inputs import MAX_DEPTH, bounded, decode_shallow, is_too_deep
+from streamjobs.tool import Tool, ToolContext
+from streamjobs.worker.calls import Raised, Returned, TimedOut, call
 
 MARKER_BYTES = 64
 """Room for the words that end a cut output."""
@@ -90,15 +76,15 @@ async def _call(
         return _failed(error.code, str(error))
     except Invalid as error:
         return _failed("invalid_arguments", str(error))
-    call = _Call(context)
+    connection = _Connection(context)
     if tool.context_parameter:
-        keywords[tool.context_parameter] = call.context
-    run = _run_async if tool.is_async else _run_in_thread
+        keywords[tool.context_parameter] = connection.context
     timeout = tool.timeout or settings.tool_timeout
+    function = functools.partial(tool.function, **keywords)
     try:
-        return await run(functools.partial(tool.function, **keywords), settings.max_tool_output, timeout)
+        return await _run(function, tool.is_async, settings.max_tool_output, timeout)
     finally:
-        call.is_over = True
+        connection.is_over = True
 
 
 # --- arguments ---------------------------------------------------------------------------------------
@@ -121,7 +107,7 @@ def _encoded_arguments(arguments: Json) -> bytes:
         raise Invalid(bounded(f"not JSON: {error}")) from error
 
 
-class _Call:
+class _Connection:
     """What a tool's context is connected to: the worker's callbacks, until the call is over."""
 
     def __init__(self, context: ToolContext) -> None:
@@ -149,124 +135,22 @@ class _Call:
 # --- running -----------------------------------------------------------------------------------------
 
 
-async def _run_async(function: Callable[[], Awaitable[Any]], limit: int, timeout: float) -> ToolOutcome:
-    task = asyncio.create_task(_guarded_async(function, limit))
-    try:
-        done, _ = await asyncio.wait({task}, timeout=timeout)
-        if done:
-            return task.result()
-    finally:
-        await _stop(task)
-    return _timed_out(timeout, "" if task.done() else "; it ignores its cancellation and still runs")
+async def _run(function: Callable[[], Any], is_async: bool, limit: int, timeout: float) -> ToolOutcome:
+    """Run a tool; its output is encoded where it runs: a large one does not hold up the event loop."""
 
-
-async def _stop(task: asyncio.Task[ToolOutcome]) -> None:
-    """Cancel a tool's task and give it the grace; if that is not enough, leave it behind."""
-    if task.done():
-        return
-    _abandoned_tasks.add(task)
-    task.add_done_callback(_abandoned_tasks.discard)
-    task.cancel()
-    await asyncio.wait({task}, timeout=CANCEL_GRACE)
-
-
-async def _run_in_thread(function: Callable[[], Any], limit: int, timeout: float) -> ToolOutcome:
-    variables = contextvars.copy_context()
-    call = _threads.submit(lambda: variables.run(_guarded, function, limit))
-    waiter = asyncio.wrap_future(call)
-    try:
-        done, _ = await asyncio.wait({waiter}, timeout=timeout)
-        if done:
-            return waiter.result()
-    finally:
-        waiter.cancel()
-        has_run = _threads.abandon(call)
-    if has_run:
-        return _timed_out(timeout, "; its thread cannot be stopped and still runs")
-    return _timed_out(timeout, f": no thread was free, {abandoned_calls()} hang in calls that timed out")
-
-
-async def _guarded_async(function: Callable[[], Awaitable[Any]], limit: int) -> ToolOutcome:
-    try:
+    async def produce() -> ToolOutcome:
         return _completed(await function(), limit)
-    except BaseException as error:  # noqa: BLE001 - rule 1: whatever a tool raises is its outcome
-        return _failed_by(error)
 
-
-def _guarded(function: Callable[[], Any], limit: int) -> ToolOutcome:
-    try:
+    def produce_in_thread() -> ToolOutcome:
         return _completed(function(), limit)
-    except BaseException as error:  # noqa: BLE001 - rule 1: whatever a tool raises is its outcome
-        return _failed_by(error)
 
-
-class _Threads:
-    """Daemon threads that take calls from one queue; started when needed, kept, bounded."""
-
-    def __init__(self, limit: int = MAX_THREADS) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._calls: queue.SimpleQueue[tuple[Future[ToolOutcome], Callable[[], ToolOutcome]]] = (
-            queue.SimpleQueue()
-        )
-        self._idle = threading.Semaphore(0)
-        self._started = 0
-        self._hanging: set[Future[ToolOutcome]] = set()
-
-    @property
-    def hanging(self) -> int:
-        """Calls that were given up and still run."""
-        return len(self._hanging)
-
-    def submit(self, call: Callable[[], ToolOutcome]) -> Future[ToolOutcome]:
-        """Run a call, which never raises, as soon as a thread is free."""
-        future: Future[ToolOutcome] = Future()
-        self._calls.put((future, call))
-        with self._lock:
-            may_start = self._started < self._limit + min(len(self._hanging), self._limit)
-            if may_start and not self._idle.acquire(blocking=False):
-                with contextlib.suppress(RuntimeError):  # the system has no thread left: wait for one of ours
-                    threading.Thread(target=self._work, name=f"tool-{self._started}", daemon=True).start()
-                    self._started += 1
-        return future
-
-    def abandon(self, call: Future[ToolOutcome]) -> bool:
-        """Give a call up. False if it never began, and so never will; one that runs is counted to its end."""
-        if call.cancel():
-            return False
-        with self._lock:
-            self._hanging.add(call)
-        call.add_done_callback(self._forget)  # at once, if it is done
-        return True
-
-    def _forget(self, call: Future[ToolOutcome]) -> None:
-        with self._lock:
-            self._hanging.discard(call)
-
-    def _work(self) -> None:
-        while True:
-            try:
-                future, call = self._calls.get_nowait()
-            except queue.Empty:
-                self._idle.release()
-                future, call = self._calls.get()
-            if future.set_running_or_notify_cancel():
-                future.set_result(call())
-            del future, call  # keep no result while waiting
-
-
-_threads = _Threads()
-_abandoned_tasks: set[asyncio.Task[ToolOutcome]] = set()
-
-
-def abandoned_calls() -> int:
-    """Calls of this process that were given up and still run; a number that grows means a broken tool."""
-    return _threads.hanging + len(_abandoned_tasks)
-
-
-def abandoned_tasks() -> frozenset[asyncio.Task[ToolOutcome]]:
-    """The async calls among them."""
-    return frozenset(_abandoned_tasks)
+    match await call(produce if is_async else produce_in_thread, is_async=is_async, timeout=timeout):
+        case Returned(outcome):
+            return outcome
+        case Raised(error):
+            return _failed_by(error)
+        case TimedOut(why):
+            return _timed_out(timeout, why)
 
 
 # --- outcomes ----------------------------------------------------------------------------------------
