@@ -10,6 +10,7 @@ Each script's method answers what the script answers, as lists of str, int and b
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,14 @@ class Record(NamedTuple):
     expiry: int | None
 
 
+class Kept(NamedTuple):
+    """An artifact."""
+
+    name: str
+    media_type: str
+    content: bytes
+
+
 class Filed(NamedTuple):
     """A worker's last take, for its resend."""
 
@@ -102,6 +111,7 @@ class Job:
     ckey: str = ""
     idem: str = ""
     parent: str = ""
+    depth: int = 0
 
     log: list[Entry] = field(default_factory=list)
     news: list[Entry] = field(default_factory=list)
@@ -136,6 +146,7 @@ class Job:
 
     children: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     ended: int | None = None
     expiry: int | None = None
 
@@ -193,6 +204,7 @@ class Model:
         self.looked_at: dict[str, int] = {}
         self.records: dict[str, Record] = {}
         self.filed: dict[str, Filed] = {}
+        self.buckets: dict[str, tuple[float, int]] = {}
         self.last_sweep: int | None = None
         self.grace = 0
         self.feed: list[tuple[str, int, str]] = []
@@ -432,10 +444,11 @@ class Model:
         if record or row.id in self.jobs:
             return self.submitted("same", record.job if record else row.id)
         parent = self.jobs.get(row.parent)
-        if row.parent and (refused := self.refused_children(parent)):
-            return ["parent", refused]
+        if row.parent and (refused := self.refused_child(parent, row.owner)):
+            return refused
         job = Job(row.id, row.owner, row.kind, row.queue, row.priority, self.now)
         job.timeout, job.ckey, job.idem, job.parent = row.timeout, row.ckey, row.idem, row.parent
+        job.depth = parent.depth + 1 if parent else 0
         self.jobs[job.id] = job
         self.place(job, row)
         self.announce(job)
@@ -449,21 +462,26 @@ class Model:
         job = self.jobs.get(job_id)
         return [verdict, job_id, job.log[0].id if job else "1-0"]
 
-    @staticmethod
-    def refused_children(parent: Job | None) -> str:
+    def refused_child(self, parent: Job | None, owner: str) -> list[Any]:
         if parent is None:
-            return "gone"
-        if parent.is_ended:
-            return parent.status
-        return "cancelled" if parent.cancelled_at is not None else ""
+            return ["parent", "gone"]
+        if parent.owner != owner:
+            return ["parent", "foreign"]
+        if parent.is_ended or parent.cancelled_at is not None:
+            return ["parent", parent.status if parent.is_ended else "cancelled"]
+        if parent.depth >= self.limits.max_depth:
+            return ["depth", self.limits.max_depth]
+        if len(parent.children) >= self.limits.max_children:
+            return ["children", self.limits.max_children]
+        return []
 
     def place(self, job: Job, row: NewJob) -> None:
         if row.start_timeout:
             job.start_by = self.now + row.delay + row.start_timeout
         limit = self.limits.owner_limit
         is_held = not row.delay and limit > 0 and self.tickets(job.queue, job.owner) >= limit
-        reason = {"held": "owner_limit"} if is_held else {}
-        self.write(job, self.now, "job.queued", self.content(**reason, **row.fields))
+        stamp = ({"depth": job.depth} if job.depth else {}) | ({"held": "owner_limit"} if is_held else {})
+        self.write(job, self.now, "job.queued", self.content(**stamp, **row.fields))
         if row.delay:
             job.status, job.wake = "scheduled", self.now + row.delay
         elif is_held:
@@ -559,8 +577,7 @@ class Model:
             self.write(job, batch.epoch, kind, content)
             if kind in PROGRESS:
                 job.crashes = 0
-        for key, delay in json.loads(batch.timers or b"{}").items():
-            job.timers.setdefault(key, self.now + delay)
+        job.timers = timers_after(job, batch, self.now)
         job.batch = batch.number
         seq = job.seq + (batch.outcome in ENDED)
         job.commit = (*fingerprint(batch), seq)
@@ -581,7 +598,7 @@ class Model:
             return ["gap", job.batch + 1]
         if batch.number < job.batch + 1:
             return ["conflict"]
-        if why := misplaced(job, batch):
+        if why := misplaced(job, batch, self.now):
             return ["bad", why]
         starts_tool = any(kind == "tool.started" for kind, _ in batch.events)
         if starts_tool and job.cancelled_at is not None:
@@ -632,6 +649,41 @@ class Model:
         job = self.jobs[job_id]
         job.lease_until = self.now + self.limits.lease
         return ["ok", job.inbox, job.asked]
+
+    def artifact(self, job_id: str, epoch: int, kept: Kept, most: tuple[int, int]) -> list[Any]:
+        if job_id not in self.jobs:
+            return ["gone"]
+        if not self.holds(job_id, epoch):
+            return ["fenced"]
+        if len(kept.content) > most[0]:
+            return ["limit", "one"]
+        artifacts = self.jobs[job_id].artifacts | {kept.name: (kept.media_type, kept.content)}
+        size = sum(len(content) for _, content in artifacts.values())
+        if size > most[1]:
+            return ["limit", "all"]
+        self.jobs[job_id].artifacts = artifacts
+        return ["ok", size]
+
+    # --- token buckets -----------------------------------------------------------------------------------
+
+    def token_in(self, name: str, period: float, burst: int) -> float:
+        """How long until the bucket has a token: it fills by one each period, up to `burst`."""
+        return max(0.0, self.full_at(name) - period * (burst - 1) - self.now)
+
+    def full_at(self, name: str) -> float:
+        """When it is full again; a clock that stepped back takes that along."""
+        full, written = self.buckets.get(name, (self.now, self.now))
+        return max(self.now, full + min(0, self.now - written))
+
+    def take_token(self, name: str, period: float) -> None:
+        self.buckets[name] = float(f"{self.full_at(name) + period:.3f}"), self.now
+
+    def permit(self, name: str, period: float, burst: int, patience: int) -> list[Any]:
+        wait = self.token_in(f"bucket:{name}", period, burst)
+        if wait > patience:
+            return ["later", math.ceil(wait)]
+        self.take_token(f"bucket:{name}", period)
+        return ["go", math.ceil(wait)]
 
     # --- wake --------------------------------------------------------------------------------------------
 
@@ -821,7 +873,14 @@ def fingerprint(batch: Batch) -> tuple[int, int, int]:
     return batch.epoch, len(batch.events), sum(len(content) for _, content in batch.events)
 
 
-def misplaced(job: Job, batch: Batch) -> str:
+def timers_after(job: Job, batch: Batch, now: int) -> dict[str, int]:
+    """A timer that is known stays as it is; a delay below 0 takes one back."""
+    asked = json.loads(batch.timers or b"{}")
+    new = {key: now + delay for key, delay in asked.items() if delay >= 0}
+    return {key: at for key, at in (new | job.timers).items() if asked.get(key, 0) >= 0}
+
+
+def misplaced(job: Job, batch: Batch, now: int) -> str:
     """The terminal event comes last, where the outcome says so and nowhere else; a sleeper has a timer."""
     terminal = [(at, kind) for at, (kind, _) in enumerate(batch.events) if kind in TERMINAL]
     wanted = (
@@ -831,7 +890,7 @@ def misplaced(job: Job, batch: Batch) -> str:
         return "terminal event"
     if batch.outcome not in {"keep", *PARKING, *ENDED}:
         return "outcome"
-    if batch.outcome == "sleep" and not (job.timers or json.loads(batch.timers or b"{}")):
+    if batch.outcome == "sleep" and not timers_after(job, batch, now):
         return "sleep without a timer"
     return ""
 

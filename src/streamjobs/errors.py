@@ -73,6 +73,12 @@ class JobNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class ArtifactNotFound(JobNotFound):
+    """The job is there and has no artifact of that name."""
+
+    code = "artifact_not_found"
+
+
 class JobEnded(StreamjobsError):
     """The job has ended; what was asked for needs a live one."""
 

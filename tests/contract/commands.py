@@ -12,7 +12,7 @@ from streamjobs.store.scripts import flatten
 from streamjobs.store.work import Batch
 from tests.contract.callers import LEASE, submit_row
 from tests.contract.keyspace import PREFIX, spliced
-from tests.model import NewJob
+from tests.model import Kept, NewJob
 
 if TYPE_CHECKING:
     from tests.contract.duel import Duel
@@ -104,7 +104,10 @@ EVENTS = {
     "failed": ("job.failed", {"error": {"code": "boom", "message": "", "retryable": False}}),
     "cancelled": ("job.cancelled", {"by": ""}),
 }
-TIMERS = {"": b"", "soon": b'{"a":100,"b":15000}', "late": b'{"b":20000,"c":90000}', "none": b"{}"}
+TIMERS = {
+    "": b"", "soon": b'{"a":100,"b":15000}', "late": b'{"b":20000,"c":90000}', "none": b"{}",
+    "back": b'{"a":-1,"b":-1}', "instead": b'{"b":-1,"c":-1,"d":4000}',
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,35 @@ class Renew:
     def play(self, duel: Duel) -> None:
         pairs = [duel_lease(duel, index, self.stale) for index in self.leases]
         duel.compare("renew", lambda: duel.model.renew(pairs), len(pairs), *flatten(pairs))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Store an artifact under a lease."""
+
+    lease: int = 0
+    stale: bool = False
+    name: str = "a"
+    size: int = 1
+
+    def play(self, duel: Duel) -> None:
+        job_id, epoch = duel_lease(duel, self.lease, self.stale)
+        kept, most = Kept(self.name, "text/plain", b"x" * self.size), (20, 30)
+        duel.compare(
+            "artifact", lambda: duel.model.artifact(job_id, epoch, kept, most), job_id, epoch, *kept, *most
+        )
+
+
+@dataclass(frozen=True)
+class Permit:
+    """Ask for one of two permits, each of which comes back after seven seconds and a third."""
+
+    name: str = "a"
+    patience: int = 0
+
+    def play(self, duel: Duel) -> None:
+        arguments: Any = self.name, 7333.333333, 2, self.patience
+        duel.compare("permit", lambda: duel.model.permit(*arguments), *arguments)
 
 
 @dataclass(frozen=True)

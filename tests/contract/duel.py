@@ -19,6 +19,9 @@ from tests.contract.commands import SLOT_IDS, Advance, Append, Ask, Command, Row
 from tests.contract.keyspace import PREFIX, Found, check_invariants, comparable, expected, found
 from tests.model import Model
 
+REST = (":events", ":children", ":seen", ":artifacts")
+"""What the keys of a job but its head end with."""
+
 
 class Difference(AssertionError):
     """Model and Redis disagree."""
@@ -47,7 +50,7 @@ class Duel:
         self.call.now = self.model.now = now
         self.latest = max(self.latest, now)
         jobs, records, takes = self.model.expired()
-        gone = [f"job:{job.id}{rest}" for job in jobs for rest in ("", ":events", ":children", ":seen")]
+        gone = [f"job:{job.id}{rest}" for job in jobs for rest in ("", *REST)]
         gone += [f"idem:{key}" for key in records] + [f"take:{worker}" for worker in takes]
         if gone:
             self.client.delete(*(PREFIX + name for name in gone))
@@ -168,11 +171,12 @@ def differing(said: Any, wanted: Any, path: str = "") -> str:
 def verdicts(script: str, said: Any) -> list[str]:
     """Each thing that a reply says, by name."""
     rows: dict[str, Callable[[], list[str]]] = {
-        "submit": lambda: [row[0] for row in said],
+        "submit": lambda: [f"{row[0]} {row[1]}" if row[0] == "parent" else row[0] for row in said],
         "append": lambda: [" ".join(row[:2]) if row[0] == "limit" else row[0] for row in said],
         "renew": lambda: [row[0] for row in said[1]],
         "take": lambda: ["leased" if said[1] else "nothing"] + ["ends"] * bool(said[2]),
         "wake": lambda: [what for _, what in said[3]] + ["more"] * said[2],
     }
+    rows["artifact"] = lambda: [" ".join(said) if said[0] == "limit" else said[0]]
     script = "append" if script == "always" else script
     return [f"{script} {word}" for word in rows.get(script, lambda: [said[0]])()]

@@ -7,6 +7,7 @@ that Redis's own clock made; `check_invariants` judges what was found by itself 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -82,6 +83,8 @@ def expected(model: Model) -> dict[str, Found]:
     for worker, filed in model.filed.items():
         leases = (f"{job_id}:{epoch}" for job_id, epoch in filed.leases)
         state[f"take:{worker}"] = Found(" ".join([str(filed.number), *leases]), 1)
+    for name, (full, written) in model.buckets.items():
+        state[name] = Found(f"{full:.3f} {written}", math.ceil(full))
     for owner, entries in model.owner_feeds.items():
         state[f"owner:{owner}:events"] = Found([(*entry[:3], entry[3].decode()) for entry in entries], 1)
     return state | {name: Found(value, -1) for name, value in shared_keys(model).items() if value}
@@ -89,7 +92,9 @@ def expected(model: Model) -> dict[str, Found]:
 
 def job_keys(model: Model, job: Job) -> dict[str, Any]:
     log = [(entry.id, entry.type, entry.content.decode()) for entry in job.log]
-    optional = {":children": set(job.children), ":seen": job.seen}
+    artifacts = {name: content.decode() for name, (_, content) in job.artifacts.items()}
+    artifacts |= {f"{name}/": media_type for name, (media_type, _) in job.artifacts.items()}
+    optional = {":children": set(job.children), ":seen": job.seen, ":artifacts": artifacts}
     return {"": job_hash(model, job), ":events": log} | {
         rest: value for rest, value in optional.items() if value
     }
@@ -112,7 +117,8 @@ def job_hash(model: Model, job: Job) -> dict[str, str]:
         "late": job.late or None, "pause": None if job.pause is None else spliced(job.pause),
         "ckey": job.ckey or None,
         "idem": job.idem or None, "parent": job.parent or None, "family": bool(job.children) or None,
-        "asked": bool(job.seen) or None,
+        "depth": job.depth or None, "asked": bool(job.seen) or None,
+        "artifacts": sum(len(content) for _, content in job.artifacts.values()) if job.artifacts else None,
     }  # fmt: skip
     return {name: str(1 if value is True else value) for name, value in fields.items() if value is not None}
 

@@ -26,6 +26,8 @@ from tests.contract.commands import (
     Cancel,
     Command,
     Idle,
+    Keep,
+    Permit,
     Renew,
     Row,
     Submission,
@@ -51,7 +53,8 @@ class Dice:
         self.slots = self.random.choice([2, 5, 10, 20])
         self.commands: dict[Callable[[], Command], int] = {
             self.submit: 10, self.take: 10, self.append: 16, self.ask: 8, self.renew: 2, Wake: 6,
-            self.small_wake: 2, self.idle: 3, self.step: 8, self.jump: 1, self.cancel: 2, Again: 3,
+            self.keep: 2, self.permit: 2, self.small_wake: 2, self.idle: 3, self.step: 8, self.jump: 1,
+            self.cancel: 2, Again: 3,
         }  # fmt: skip
 
     def command(self) -> Command:
@@ -113,6 +116,13 @@ class Dice:
             delay=self.random.choice([0, 2_000, 30_000]),
             timers=self.random.choice(["", *TIMERS]),
         )
+
+    def keep(self) -> Keep:
+        pick = self.random.choice
+        return Keep(self.lease(), self.rarely(4, True, False), pick(["a", "b", "c"]), pick([5, 12, 20, 21]))
+
+    def permit(self) -> Permit:
+        return Permit(self.random.choice("ab"), self.random.choice([0, 0, 8_000, 90_000]))
 
     def renew(self) -> Renew:
         return Renew(self.several(self.lease, 3), stale=self.rarely(3, True, False))

@@ -11,6 +11,8 @@ from tests.contract.commands import (
     Cancel,
     Command,
     Idle,
+    Keep,
+    Permit,
     Renew,
     Row,
     Submission,
@@ -42,10 +44,19 @@ STORIES: dict[str, list[Command]] = {
         ONE, Take(), Submit((Submission(slot=1, parent=0),)), WAIT, Take(), FINISH, Again(), Take(), FINISH,
         Again(), Submit((Submission(slot=2, parent=0), Submission(slot=3, parent=9))),
     ],
+    "more of a family than there may be": [
+        Submit((Submission(), Submission(slot=1, parent=0), Submission(slot=2, parent=1))),
+        Submit((Submission(slot=3, parent=2), Submission(slot=4, parent=0), Submission(slot=5, parent=0))),
+        Submit((Submission(slot=4, parent=0), Submission(slot=6, owner=1, parent=0))), Cancel(0),
+        Submit((Submission(slot=7, parent=0),)),
+    ],
     "cancelled with its family": [
-        ONE, Submit((Submission(slot=1, parent=0), Submission(slot=2, owner=1, parent=1))), Take(wanted=1),
+        ONE, Submit((Submission(slot=1, parent=0), Submission(slot=2, parent=1))), Take(wanted=1),
         Cancel(0), Again(), Renew(), Append((Row(unread=1, outcome="yield"),)),
         Append((Row(outcome="yield"),)), Cancel(0), Cancel(7),
+    ],
+    "no children of a job that is being cancelled": [
+        ONE, Take(), Cancel(0), Submit((Submission(slot=1, parent=0),)),
     ],
     "paused, resumed, asked again": [
         ONE, Ask("pause", 0), Again(), Ask("pause", 0, 1), Ask("resume", 0), Again(), Take(),
@@ -70,6 +81,12 @@ STORIES: dict[str, list[Command]] = {
     ],
     "asleep without a timer": [
         ONE, Take(), Append((Row(outcome="sleep"), Row(outcome="sleep", timers="none"))),
+        Append((Row(timers="soon"),)), Append((Row(outcome="sleep", timers="back"),)),
+    ],
+    "a timer that is taken back": [
+        ONE, Take(), Append((Row(outcome="wait", timers="soon"),)), Ask("signal", 0), Take(),
+        Append((Row(timers="back"),)), Advance(20_000), Wake(),
+        Append((Row(outcome="sleep", timers="instead"),)), Advance(4_000), Wake(),
     ],
     "a key that is taken does not stop others": [
         Submit((Submission(ckey=1), Submission(slot=1), Submission(slot=2, ckey=1), Submission(slot=3))),
@@ -95,6 +112,16 @@ STORIES: dict[str, list[Command]] = {
     ],
     "cancelled while the clock steps back": [
         ONE, Take(), Cancel(0), Advance(-3_600_000), Append((Row(outcome="yield"),)),
+    ],
+    "artifacts": [
+        ONE, Take(), Keep(size=12), Again(), Keep(size=20), Keep(size=21), Keep(name="b", size=11),
+        Keep(name="b", size=10), Keep(size=19), Keep(name="b", size=11), FINISH, Keep(stale=True),
+        Advance(310_000), Keep(stale=True),
+    ],
+    "permits": [
+        Permit(), Again(), Permit(), Permit(patience=7_000), Advance(400), Permit(patience=7_000), Permit(),
+        Permit(name="b"), Advance(20_000), *[Permit()] * 3, Advance(-3_600_000), Permit(), Advance(7_334),
+        *[Permit()] * 2,
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

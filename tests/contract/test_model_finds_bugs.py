@@ -32,6 +32,29 @@ MUTATIONS: dict[str, Mutation] = {
     "a tool starts after a cancel": Mutation(
         APPEND, "if job.h.cancel and starts_tool(row) then", "if false then"
     ),
+    "artifacts of a job that ended stay for ever": Mutation(
+        "common", "if job.h.artifacts then", "if false then"
+    ),
+    "a worker that lost its lease replaces an artifact": Mutation(
+        "artifact", "if job.h.lease ~= epoch then", "if not job.h.epoch then"
+    ),
+    "an artifact that is replaced is counted twice": Mutation(
+        "artifact", " - redis.call('HSTRLEN', job.key .. ':artifacts', name)", ""
+    ),
+    "an artifact has any size": Mutation("artifact", "if #content > tonumber(ARGV[7]) then", "if false then"),
+    "artifacts of one job fill the store": Mutation(
+        "artifact", "if all > tonumber(ARGV[8]) then", "if false then"
+    ),
+    "a clock that stepped back stops a tool for as long": Mutation(
+        "common", " + math.min(0, NOW - tonumber(written))", ""
+    ),
+    "permits are saved up while nobody asks": Mutation(
+        "common", "full = math.max(NOW, tonumber(at)", "full = (tonumber(at)"
+    ),
+    "a bucket is never empty": Mutation(
+        "permit", "if answer[1] == 'go' then take_token", "if false then take_token"
+    ),
+    "who is sent away has used a permit": Mutation("permit", "if answer[1] == 'go' then", "if true then"),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"
@@ -49,6 +72,12 @@ MUTATIONS: dict[str, Mutation] = {
         APPEND, "if row.outcome ~= 'keep' or row.timers ~= '' then arm(job) end", ""
     ),
     "a timer that is set again starts over": Mutation("common", "if timers[key] == nil then", "if true then"),
+    "a timer that was taken back fires": Mutation("common", "timers[key] = nil\n    elseif", "elseif"),
+    "a sleeper's only timer is taken back with the same breath": Mutation(
+        APPEND,
+        "if row.outcome == 'sleep' and not next(",
+        "if row.outcome == 'sleep' and not next(timers_of(job)) and not next(",
+    ),
     "one job whose key is taken holds up all behind it": Mutation(
         "common", "elseif reason == job.h.held then", "elseif reason then"
     ),
@@ -69,8 +98,12 @@ MUTATIONS: dict[str, Mutation] = {
         "submit", "if digest ~= body then", "if false then"
     ),
     "a job that has ended gets children": Mutation(
-        "submit", "if not family or status then", "if not family then"
+        "submit", "if ENDED[h.status] then return { 'parent', h.status } end", ""
     ),
+    "a job that is being cancelled gets children": Mutation("submit", "if h.cancel then", "if false then"),
+    "somebody else's job gets children": Mutation("submit", "if h.owner ~= owner then", "if false then"),
+    "children have children without end": Mutation("submit", "+ 1 > OPT.max_depth", "> OPT.max_depth"),
+    "a job spawns without end": Mutation("submit", ">= OPT.max_children", "> OPT.max_children"),
     "a ticket of a cancelled job starts it": Mutation(
         "take", "if not job or job.h.status ~= 'queued' or job.h.ticket ~= ticket then", "if not job then"
     ),
@@ -92,7 +125,7 @@ MUTATIONS: dict[str, Mutation] = {
     "a cancelled job is queued when its worker dies": Mutation(
         "wake", "if parked_by_wish(job, bystander(job)) then", "if false then"
     ),
-    "a due timer stays due": Mutation("wake", "timers[key] = nil", ""),
+    "a due timer stays due": Mutation("wake", "timers[key] = nil\n  end", "end"),
 }
 
 

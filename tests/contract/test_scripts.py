@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import redis as sync_redis
 
 from streamjobs.config import Settings
-from streamjobs.errors import StoreFull
-from streamjobs.store import Batch, Store, Submission
+from streamjobs.errors import JobNotFound, StoreFull, TooDeep, TooManyChildren
+from streamjobs.store import Batch, Store, Submission, keys
 from streamjobs.store.log import parse_live
 from streamjobs.store.scripts import Limits, flatten
 from tests.conftest import RedisProcess
@@ -331,6 +332,22 @@ def test_a_sleeper_without_a_timer_is_refused(partition: Partition) -> None:
     assert partition.append(Batch(*lease, 1, [], "sleep", timers=b'{"t":5000}'))[0][0] == "ok"
 
 
+def test_a_timer_can_be_taken_back(partition: Partition) -> None:
+    """Without it, the timeout of a wait that was answered wakes the job long after, for nothing."""
+    partition.submit(NewJob(A))
+    (lease,) = partition.take()
+    answers = partition.append(
+        Batch(*lease, 1, [], timers=b'{"wait":5000,"other":9000}'),
+        Batch(*lease, 2, [], timers=b'{"wait":-1,"unknown":-1}'),
+    )
+    assert [answer[0] for answer in answers] == ["ok", "ok"]
+    assert partition.client.zscore(f"{PREFIX}timers", A) == partition.call.now + 9_000
+    partition.append(Batch(*lease, 3, [], timers=b'{"other":-1}'))
+    assert partition.client.zscore(f"{PREFIX}timers", A) is None
+    partition.sweep_for(10_000)
+    assert "timer.fired" not in partition.types(A)
+
+
 def test_a_pause_does_not_give_a_failed_attempt_back(partition: Partition) -> None:
     """Without it, pausing and resuming a failing job lets it fail for ever."""
     partition.submit(NewJob(A))
@@ -389,6 +406,24 @@ def test_cancelling_a_parent_cancels_all_below(partition: Partition) -> None:
     seen = int(partition.field(A, "inbox"))
     partition.append(Batch(*lease, 1, [], "yield", seen=seen))
     assert partition.field(A, "status") == "cancelled"
+
+
+async def test_a_family_is_bounded(store: Store) -> None:
+    """Without it, a workflow that spawns itself fills the store; or one owner hangs jobs below another's."""
+    store = await Store.open(msgspec.structs.replace(store.settings, max_depth=1, max_children=1))
+    parent = (await store.jobs.submit(Submission(kind="work"))).job_id
+    first = Submission(kind="work", parent=parent, job_id=keys.child_job_id(parent, "a"))
+    child = (await store.jobs.submit(first)).job_id
+    assert msgspec.json.decode((await store.log.load(child))[0].data)["depth"] == 1
+    with pytest.raises(TooDeep):
+        await store.jobs.submit(Submission(kind="work", parent=child))
+    with pytest.raises(TooManyChildren):
+        await store.jobs.submit(Submission(kind="work", parent=parent))
+    assert (await store.jobs.submit(first)).repeated, "a replay finds its child, whatever the limits"
+    for foreign in (Submission(kind="work", owner="bob", parent=parent), Submission(kind="work", parent="x")):
+        with pytest.raises(JobNotFound):
+            await store.jobs.submit(foreign)
+    await store.aclose()
 
 
 # --- what stays, and for how long ------------------------------------------------------------------------

@@ -24,7 +24,7 @@ LONG_PROGRAMS = 15 * PROGRAMS
 LENGTH = 120
 
 VERDICTS = """
-submit: ok same mismatch parent
+submit: ok same mismatch parent_gone parent_foreign parent_cancelled parent_completed depth children
 take: leased nothing ends answered_again
 append: ok dup fenced gap conflict inbox limit_events limit_bytes bad gone
 renew: ok lost
@@ -33,6 +33,8 @@ cancel: cancelled requested already gone
 signal: ok dup already limit gone
 pause: paused requested dup already gone
 resume: resumed dup already gone
+artifact: ok fenced limit_one limit_all gone
+permit: go later
 job.requeued: timer signal child yield retry held released
 """
 """Everything that a script can say, and the reasons for which a job is queued again."""

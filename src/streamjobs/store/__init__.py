@@ -10,16 +10,19 @@ from redis.asyncio import Redis
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
 from streamjobs.store import keys
+from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
+from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
 __all__ = [
     "Answer",
+    "Artifacts",
     "Batch",
     "Entry",
     "JobRecord",
@@ -30,6 +33,8 @@ __all__ = [
     "Log",
     "Outcome",
     "Page",
+    "Permit",
+    "Permits",
     "Receipt",
     "Renewal",
     "Store",
@@ -57,6 +62,8 @@ class Store:
         self.log = Log(client, scripts)
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
+        self.artifacts = Artifacts(client, scripts, settings)
+        self.permits = Permits(scripts, settings)
         self.workers = Workers(client, settings)
         self.live = Live(self._subscriber)
 

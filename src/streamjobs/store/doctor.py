@@ -147,8 +147,7 @@ class Doctor:
             self._violation("known_keys", name, f"a {kind}, not a {key.type}")
         if key.lifetime == "ttl" and ttl == -1:
             self._violation("known_keys", name, "never expires")
-        is_head = key.type == "hash" and key.lifetime == "job"
-        return name.rpartition(":")[2] if is_head else None
+        return name.rpartition(":")[2] if key is keys.HEAD else None
 
     # --- jobs
 

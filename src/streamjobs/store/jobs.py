@@ -24,6 +24,8 @@ from streamjobs.errors import (
     JobNotFound,
     LimitExceeded,
     StreamjobsError,
+    TooDeep,
+    TooManyChildren,
     UnknownQueue,
 )
 from streamjobs.events import UNENCODABLE, JobQueued, Json, encode_event, encode_json
@@ -98,7 +100,8 @@ class Jobs:
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
 
-        Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`.
+        Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`; of a child
+        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`.
         """
         return (await self.submit_many([submission]))[0]
 
@@ -184,13 +187,16 @@ class Jobs:
             raise JobEnded(f"the job has already {answer[1]}")
         return "requested" if answer[0] == "requested" else "cancelled"
 
-    async def signal(self, job_id: str, name: str, payload: Json = None, *, key: str = "") -> bool:
+    async def signal(
+        self, job_id: str, name: str, payload: Json = None, *, key: str = "", by: str = ""
+    ) -> bool:
         """Send a live job a value; False where `key` was used before, and nothing was done.
 
         Raises `JobNotFound`, `JobEnded`, `LimitExceeded`, `Invalid` where the payload is not JSON.
         """
         key = key or secrets.token_hex(8)
-        answer = await self._act(Scripts.SIGNAL, job_id, key, _fields(name=name, payload=payload, key=key))
+        fields: dict[str, Json] = {"name": name, "payload": payload, "key": key} | ({"by": by} if by else {})
+        answer = await self._act(Scripts.SIGNAL, job_id, key, _fields(**fields))
         if answer[0] == "already":
             raise JobEnded(f"the job has already {answer[1]}")
         if answer[0] == "limit":
@@ -238,6 +244,7 @@ def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
         metadata=sub.metadata,
         delay_ms=ms(sub.delay),
         timeout_ms=timeout_ms,
+        start_timeout_ms=ms(sub.start_timeout),
         max_attempts=sub.max_attempts,
         concurrency_key=sub.concurrency_key,
         parent=sub.parent,
@@ -262,11 +269,17 @@ def _by_partition(rows: list[tuple[int, list[str | bytes | int]]]) -> dict[int, 
 
 
 def _receipt(answer: list[Any]) -> Receipt:
-    verdict, *rest = (text(word) for word in answer)
+    verdict, *rest = (text(word) if isinstance(word, bytes) else str(word) for word in answer)
     if verdict in {"ok", "same"}:
         return Receipt(rest[0], stored_cursor(rest[1]), verdict == "same")
     if verdict == "mismatch":
         raise IdempotencyMismatch("this Idempotency-Key was used with another body")
+    if verdict == "depth":
+        raise TooDeep(f"children may be {rest[0]} deep")
+    if verdict == "children":
+        raise TooManyChildren(f"the parent has {rest[0]} children, more it may not have")
+    if verdict == "parent" and rest[0] in {"gone", "foreign"}:
+        raise JobNotFound("no such parent")
     if verdict == "parent":
         raise JobEnded(f"the parent takes no more children: {rest[0]}")
     raise StreamjobsError(f"submit: {rest[0]}")

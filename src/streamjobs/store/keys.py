@@ -43,6 +43,7 @@ KEYS: tuple[Key, ...] = (
     _key("job:<job>:events", "stream", "job", "the job's log"),
     _key("job:<job>:children", "set", "job", "jobs it spawned"),
     _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
+    _key("job:<job>:artifacts", "hash", "job", "what it made: name -> content, name/ -> media type"),
     _key("idem:<any>", "string", "job", "digest of (owner, Idempotency-Key) -> job id and body digest"),
     _key("ckey:<any>", "string", "live", "digest of (owner, concurrency_key) -> the job that holds it"),
     _key("work:<any>", "stream", "live", "tickets of one queue and class; group `workers`"),
@@ -56,10 +57,14 @@ KEYS: tuple[Key, ...] = (
     _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
     _key("feed", "stream", "capped", "notes for projections"),
     _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
+    _key("bucket:<any>", "string", "ttl", "permits of one name: when all are there again"),
     _key("take:<any>", "string", "ttl", "a worker's last take, for its resend"),
     _key("worker:<any>", "string", "ttl", "a worker's registration"),
     _key("workers", "zset", "live", "worker ids by heartbeat"),
 )
+
+HEAD = KEYS[0]
+"""The kind of key that every job has one of."""
 
 META = "sj:meta"
 """Hash: what a store was created with (partitions, format). One a store."""
@@ -103,8 +108,10 @@ FIELDS: dict[str, str] = {
     "ckey": "digest of owner and concurrency key",
     "idem": "digest of owner and Idempotency-Key",
     "parent": "job that spawned it",
+    "depth": "1 for a child, one more for each generation below",
     "family": "set if it has children",
     "asked": "set if it has a `seen` key",
+    "artifacts": "bytes of all its artifacts; set if it has any",
 }
 """Fields of a job's hash, all optional but the first few."""
 

@@ -30,6 +30,8 @@ class Limits(msgspec.Struct, frozen=True):
     retention: int
     idempotency: int
     owner_limit: int
+    max_depth: int
+    max_children: int
     max_crashes: int
     crash_base: int
     crash_cap: int
@@ -53,6 +55,8 @@ class Limits(msgspec.Struct, frozen=True):
             retention=ms(settings.retention),
             idempotency=ms(settings.idempotency_ttl),
             owner_limit=settings.owner_limit,
+            max_depth=settings.max_depth,
+            max_children=settings.max_children,
             max_crashes=settings.max_crashes,
             crash_base=ms(settings.crash_base),
             crash_cap=ms(settings.crash_cap),
@@ -111,6 +115,8 @@ class Scripts:
     SIGNAL: ClassVar = Script("signal")
     PAUSE: ClassVar = Script("pause", "allow-oom")
     RESUME: ClassVar = Script("resume", "allow-oom")
+    ARTIFACT: ClassVar = Script("artifact")
+    PERMIT: ClassVar = Script("permit", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 

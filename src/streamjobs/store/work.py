@@ -54,7 +54,8 @@ class Taken(NamedTuple):
 class Batch(msgspec.Struct, frozen=True):
     """Events of one job under one lease, and what becomes of it; frozen once sent.
 
-    `timers` is JSON (key -> delay in ms) or empty; `seen` the inbox count its sender has read.
+    `timers` is JSON (key -> delay in ms, below 0 to take that timer back) or empty; `seen` the inbox count
+    its sender has read.
     """
 
     job_id: str

@@ -3,7 +3,7 @@
 --   batch: 1, 2, … within the lease; a refused one is not used up
 --   outcome: keep | completed | failed (the last event is the terminal one) | cancelled (the script writes the event)
 --            | retry (scheduled; after delay ms) | sleep (scheduled, by a timer it must have) | wait (waiting) | yield (queued again at once)
---   timers: {key: delay ms, …} as JSON, set unless known already; or ''
+--   timers: {key: delay ms, …} as JSON, set unless known already, taken back where the delay is below 0; or ''
 -- After a cancel was asked for no tool starts: a row with tool.started is then answered as unread inbox.
 -- row: {"ok"|"dup", seq, inbox, asked} | {"fenced"} | {"gap", expected} | {"conflict"} | {"inbox", n, asked}
 --      | {"limit", "events"|"bytes"} | {"bad", why} | {"gone"} | {"error", why};  asked: "cancel" | "pause" | ""
@@ -40,9 +40,7 @@ local function misplaced(job, row)
   end
   if expected and (#row.events == 0 or TERMINAL[row.events[#row.events][1]] ~= expected) then return 'no terminal event' end
   if not (expected or row.outcome == 'keep' or row.outcome == 'cancelled' or PARKS[row.outcome]) then return 'no such outcome' end
-  if row.outcome == 'sleep' and not next(row.timers ~= '' and cjson.decode(row.timers) or {}) and not next(timers_of(job)) then
-    return 'sleep without a timer'
-  end
+  if row.outcome == 'sleep' and not next(timers_after(job, row.timers)) then return 'sleep without a timer' end
 end
 
 -- Terminal events are exempt: a job over its budget can still end

@@ -114,6 +114,25 @@ local function count_inbox(job)
   if job.h.lease then redis.call(OPT.publish, PREFIX .. 'inbox', job.id) end
 end
 
+-- Token buckets --------------------------------------------------------------------------------------
+
+-- A bucket is the instant at which it will be full again, and when that was written: where the clock stepped back
+-- since, the instant goes back with it. Returns how long until there is a token, and that instant.
+local function bucket_wait(key, period, burst)
+  local full, known = NOW, redis.call('GET', key)
+  if known then
+    local at, written = string.match(known, '^(%S+) (%d+)$')
+    full = math.max(NOW, tonumber(at) + math.min(0, NOW - tonumber(written)))
+  end
+  return math.max(0, full - period * (burst - 1) - NOW), full
+end
+
+-- `full` is as bucket_wait returned it; the key goes when it would say no more than its absence
+local function take_token(key, period, full)
+  local at = string.format('%.3f', full + period)
+  redis.call('SET', key, at .. ' ' .. NOW_TEXT, 'PXAT', string.format('%d', math.ceil(tonumber(at))))
+end
+
 -- Timers: at most one member a job, the earliest of what it waits for -----------------------------------
 
 local function timers_of(job) return job.h.timers and cjson.decode(job.h.timers) or {} end
@@ -143,12 +162,22 @@ local function arm(job)
   if due == nil then gathered.disarmed[job.id] = true end
 end
 
-local function set_timers(job, encoded)
+-- What the job's timers become: a delay below 0 takes a timer back, one that is known already stays as it is
+local function timers_after(job, encoded)
   local timers = timers_of(job)
-  for key, delay in pairs(cjson.decode(encoded)) do
-    if timers[key] == nil then timers[key] = NOW + delay end
+  for key, delay in pairs(encoded ~= '' and cjson.decode(encoded) or {}) do
+    if delay < 0 then
+      timers[key] = nil
+    elseif timers[key] == nil then
+      timers[key] = NOW + delay
+    end
   end
-  put(job, 'timers', cjson.encode(timers))
+  return timers
+end
+
+local function set_timers(job, encoded)
+  local timers = timers_after(job, encoded)
+  put(job, 'timers', next(timers) and cjson.encode(timers) or nil)
 end
 
 -- Places ----------------------------------------------------------------------------------------------
@@ -346,6 +375,7 @@ local function finish(job, epoch, event, content)
   redis.call('PEXPIREAT', job.key .. ':events', expiry)
   if job.h.family then redis.call('PEXPIREAT', job.key .. ':children', expiry) end
   if job.h.asked then redis.call('PEXPIREAT', job.key .. ':seen', expiry) end
+  if job.h.artifacts then redis.call('PEXPIREAT', job.key .. ':artifacts', expiry) end
   if job.h.idem then
     redis.call('PEXPIREAT', PREFIX .. 'idem:' .. job.h.idem, math.max(expiry, number(job, 'created') + OPT.idempotency))
   end

@@ -3,7 +3,8 @@
 --   ckey, idem: digests scoped to the owner, or ''; body: digest of the request; durations in ms, 0 for none;
 --   event: job.queued as JSON without ts
 -- row: {"ok", id, cursor} | {"same", id, cursor} (this submission came before) | {"mismatch", id}
---      (its key came with another body) | {"parent", status} (the parent takes no more children) | {"error", why}
+--      (its key came with another body) | {"parent", status} (the parent takes no more children, is gone, or is
+--      "foreign": its owner is another) | {"depth"|"children", the most there may be} | {"error", why}
 
 local WIDTH = 13
 
@@ -20,6 +21,19 @@ local function repeated(id, idem, body)
   end
   local created = redis.call('HGET', PREFIX .. 'job:' .. id, 'created')
   if created then return { 'same', id, first_cursor(id, created) } end
+end
+
+-- Why the parent may not have this child, if anything; a repeated submission never comes here
+local function orphaned(family, owner)
+  if not family then return { 'parent', 'gone' } end
+  local h = family.h
+  if h.owner ~= owner then return { 'parent', 'foreign' } end
+  if ENDED[h.status] then return { 'parent', h.status } end
+  if h.cancel then return { 'parent', 'cancelled' } end
+  if number(family, 'depth') + 1 > OPT.max_depth then return { 'depth', OPT.max_depth } end
+  if h.family and redis.call('SCARD', family.key .. ':children') >= OPT.max_children then
+    return { 'children', OPT.max_children }
+  end
 end
 
 local function place(job, delay, start_timeout, queued)
@@ -44,8 +58,8 @@ local function submit(at)
   local family
   if parent ~= '' then
     family = fetch(parent)
-    local status = family and (ENDED[family.h.status] and family.h.status or family.h.cancel and 'cancelled')
-    if not family or status then return { 'parent', status or 'gone' } end
+    local refused = orphaned(family, owner)
+    if refused then return refused end
   end
 
   local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changes = {}, at = {}, lines = {} }
@@ -58,8 +72,13 @@ local function submit(at)
   if timeout > 0 then put(job, 'timeout', timeout) end
   if ckey ~= '' then put(job, 'ckey', ckey) end
   if idem ~= '' then put(job, 'idem', idem) end
-  if parent ~= '' then put(job, 'parent', parent) end
   local stamp = '{"ts":' .. NOW_TEXT .. ','
+  if family then
+    local depth = number(family, 'depth') + 1
+    put(job, 'parent', parent)
+    put(job, 'depth', depth)
+    stamp = stamp .. '"depth":' .. depth .. ','
+  end
   if delay == 0 and OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit then
     put(job, 'held', 'owner_limit')
     stamp = stamp .. '"held":"owner_limit",'
