@@ -27,7 +27,6 @@ def schedules() -> None:
     Each tick gives exactly one job, however many gateways and workers run.
 
     \b
-    streamjobs schedules create nightly nightly_report --cron "0 3 * * *" --timezone Europe/Berlin
     streamjobs schedules list
     """
 

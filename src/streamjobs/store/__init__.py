@@ -15,8 +15,8 @@ from streamjobs.store.connect import blocking_client, rw_client, subscriber_clie
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
-from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.permits import Permit, Permits
+from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
