@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import click
@@ -39,6 +41,20 @@ def test_help_of_a_command_teaches(name: str):
         option for parameter in given for option in parameter.opts
     }
     assert [p.name for p in given if isinstance(p, click.Option) and not p.help] == []
+
+
+def test_the_guide_works():
+    """What is copied from the guide would be refused."""
+    guide = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    namespace: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(code, "schedules.md", "exec"), namespace)
+    assert set(namespace["app"].schedules) == {"nightly", "pulse"}
+    lines = re.findall(r"^streamjobs schedules (.*)", guide, re.MULTILINE)
+    assert {shlex.split(line)[0] for line in lines} == set(COMMANDS)
+    for name, *words in map(shlex.split, lines):
+        with click.Context(schedules.commands[name]) as context:
+            schedules.commands[name].make_parser(context).parse_args(words)
 
 
 def show(capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
