@@ -79,6 +79,12 @@ class ScheduleNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class UnreadableSchedule(StreamjobsError):
+    """A schedule that another release wrote, and that this one cannot read. Leave it alone."""
+
+    code = "unreadable_schedule"
+
+
 class TooManySchedules(Invalid):
     """The owner has as many schedules as there may be."""
 
