@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 from redis.asyncio import Redis
 
 from streamjobs.config import Settings
@@ -21,12 +22,15 @@ from streamjobs.errors import (
     ScheduleNotFound,
     StreamjobsError,
     TooManySchedules,
+    UnreadableSchedule,
 )
 from streamjobs.events import UNENCODABLE, encode_json
 from streamjobs.schedule import Schedule
 from streamjobs.store import keys
 from streamjobs.store.jobs import Jobs, Receipt, Submission, Tick
 from streamjobs.store.scripts import Script, Scripts, text, translated
+
+log = structlog.get_logger(__name__)
 
 MAX_SCHEDULES = 1000
 """How many schedules an owner may have."""
@@ -146,7 +150,7 @@ class Schedules:
     # --- look
 
     async def get(self, schedule_id: str) -> ScheduleRecord:
-        """One schedule. Raises `ScheduleNotFound`, `StreamjobsError` where this release cannot read it."""
+        """One schedule. Raises `ScheduleNotFound`, `UnreadableSchedule`."""
         partition = keys.partition_of_schedule(schedule_id)
         with translated():
             async with self._client.pipeline(transaction=True) as pipe:
@@ -166,7 +170,7 @@ class Schedules:
         return text(owner)
 
     async def of_owner(self, owner: str) -> list[ScheduleRecord]:
-        """All of an owner's schedules, oldest first."""
+        """All of an owner's schedules that this release can read, oldest first."""
         partition = keys.partition_of_owner(owner, self._settings.partitions)
         with translated():
             ids = await self._client.zrange(f"{keys.prefix(partition)}owner:{owner}:schedules", 0, -1)
@@ -176,6 +180,8 @@ class Schedules:
                 records.append(await self.get(schedule_id))
             except ScheduleNotFound:  # deleted meanwhile
                 continue
+            except UnreadableSchedule as error:
+                log.error("schedule.unreadable", schedule=schedule_id, error=str(error))
         return records
 
     # --- act
@@ -275,7 +281,7 @@ def _record(schedule_id: str, fields: dict[str, str], due: float | None) -> Sche
     try:
         schedule = _DECODER.decode(fields["definition"])
     except (msgspec.MsgspecError, StreamjobsError) as error:
-        raise StreamjobsError(f"schedule {schedule_id}: this release cannot read it: {error}") from error
+        raise UnreadableSchedule(f"this release cannot read schedule {schedule_id}: {error}") from error
     return ScheduleRecord(
         id=schedule_id,
         schedule=schedule,

@@ -20,6 +20,7 @@ from streamjobs.errors import (
     StoreUnavailable,
     StreamjobsError,
     TickTaken,
+    UnreadableSchedule,
 )
 from streamjobs.store.jobs import Jobs, Tick
 from streamjobs.store.schedules import ScheduleRecord, Schedules, Waiting
@@ -70,9 +71,7 @@ class Ticks:
         except ScheduleNotFound:
             await self._schedules.advance(waiting, 0)
             return []
-        except (StoreFull, StoreUnavailable):
-            raise
-        except StreamjobsError as error:
+        except UnreadableSchedule as error:
             log.error("schedule.unreadable", schedule=waiting.schedule_id, error=str(error))
             return []
         plan = record.schedule.plan(waiting.due_ms, now_ms)
