@@ -103,6 +103,10 @@ class Script:
     async def open_turn(self) -> None:
         await self.write(TurnStarted(turn=1, model="scripted"))
 
+    async def keep(self, name: str, media_type: str, content: bytes) -> None:
+        """Store an artifact."""
+        await self._store.artifacts.put(self.id, self._lease.epoch, name, media_type, content)
+
     async def complete(self, result: Any = "done") -> None:
         event = JobCompleted(result=msgspec.Raw(encode_json(result)))
         events = [(event.type, encode_event(event))]

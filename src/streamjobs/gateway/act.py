@@ -68,13 +68,13 @@ class ActRoutes:
         job_id: str = request.path_params["id"]
         asked = fields_of(decode_body(await self._body(request)), SignalRequest)
         name, payload = canonical(asked.name, asked.payload)
-        is_new = await self._store.jobs.signal(job_id, name, payload, key=asked.key)
+        is_new = await self._store.jobs.signal(job_id, name, payload, key=asked.key, by=owner_of(request))
         return answer({"id": job_id, "signal": name, "repeated": not is_new})
 
     async def pause(self, request: Request) -> Response:
         """Park a job: `paused`, or `requested` where it runs, which ends at its next recorded point."""
         job_id: str = request.path_params["id"]
-        reason, key = await self._reason(request), idempotency_key(request)
+        reason, key = await self._reason(request), _key_of("pause", request)
         status = await self._store.jobs.pause(job_id, by=owner_of(request), reason=reason, key=key)
         is_repeated = status == "dup"
         if is_repeated:
@@ -85,7 +85,7 @@ class ActRoutes:
     async def resume(self, request: Request) -> Response:
         """Let a paused job go on: `resumed`, or the status of one that is not paused."""
         job_id: str = request.path_params["id"]
-        reason, key = await self._reason(request), idempotency_key(request)
+        reason, key = await self._reason(request), _key_of("resume", request)
         status = await self._store.jobs.resume(job_id, by=owner_of(request), reason=reason, key=key)
         is_repeated = status == "dup"
         status = "resumed" if is_repeated else status
@@ -97,3 +97,12 @@ class ActRoutes:
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.scope, request.receive, self._settings.max_body)
+
+
+def _key_of(act: str, request: Request) -> str:
+    """The request's key in a space of its own: a job keeps the keys of all acts together.
+
+    No signal's key holds a control character.
+    """
+    key = idempotency_key(request)
+    return f"{act}\x1f{key}" if key else ""

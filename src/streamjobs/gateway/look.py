@@ -50,6 +50,7 @@ class LookRoutes:
             Route(f"{job}/result", self.result, methods=["GET"]),
             Route(f"{job}/log", self.log, methods=["GET"]),
             Route(f"{job}/effects", self.effects, methods=["GET"]),
+            Route(f"{job}/artifacts/{{name}}", self.artifact, methods=["GET"]),
         ]
 
     async def view(self, request: Request) -> Response:
@@ -97,6 +98,18 @@ class LookRoutes:
                 if Ledger.reads(entry.type):
                     ledger.apply(decode_event(entry.type, entry.data))
         return answer({"job": job_id, "effects": ledger.effects(), "cursor": str(cursor)})
+
+    async def artifact(self, request: Request) -> Response:
+        """Give something away that the job made, as it is."""
+        name: str = request.path_params["name"]
+        media_type, content = await self._store.artifacts.get(request.path_params["id"], name)
+        headers = {
+            "Content-Type": media_type,
+            "Content-Disposition": f'attachment; filename="{name}"',
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "Cache-Control": "no-cache",
+        }
+        return Response(content, headers=headers)
 
     async def _waited(self, request: Request, record: JobRecord) -> JobRecord:
         """The job's head after `?wait=N` for its end, or with `&after=` until that is not the last event."""
