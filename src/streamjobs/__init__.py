@@ -10,9 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streamjobs.approvals import Decision
     from streamjobs.app import Agent, App, ChatInput, ChatMessage, ToolContext
     from streamjobs.config import Settings, load_settings
-    from streamjobs.errors import StreamjobsError, ToolError
+    from streamjobs.errors import (
+        ChildFailed,
+        Denied,
+        OutcomeUnknown,
+        Permanent,
+        StepError,
+        StreamjobsError,
+        ToolError,
+        WaitTimeout,
+    )
+    from streamjobs.retry import Retry
+    from streamjobs.worker.children import Child
     from streamjobs.worker.context import Context
 
 __all__ = [
@@ -20,18 +32,39 @@ __all__ = [
     "App",
     "ChatInput",
     "ChatMessage",
+    "Child",
+    "ChildFailed",
     "Context",
+    "Decision",
+    "Denied",
+    "OutcomeUnknown",
+    "Permanent",
+    "Retry",
     "Settings",
+    "StepError",
     "StreamjobsError",
     "ToolContext",
     "ToolError",
+    "WaitTimeout",
     "load_settings",
 ]
 
 _HOMES = {
+    "streamjobs.approvals": ("Decision",),
     "streamjobs.app": ("Agent", "App", "ChatInput", "ChatMessage", "ToolContext"),
     "streamjobs.config": ("Settings", "load_settings"),
-    "streamjobs.errors": ("StreamjobsError", "ToolError"),
+    "streamjobs.errors": (
+        "ChildFailed",
+        "Denied",
+        "OutcomeUnknown",
+        "Permanent",
+        "StepError",
+        "StreamjobsError",
+        "ToolError",
+        "WaitTimeout",
+    ),
+    "streamjobs.retry": ("Retry",),
+    "streamjobs.worker.children": ("Child",),
     "streamjobs.worker.context": ("Context",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

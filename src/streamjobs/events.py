@@ -417,6 +417,8 @@ class ChildEnded(Event, frozen=True, kw_only=True):
     status: str
     result: Json = None
     error: ErrorInfo | None = None
+    summary: str = ""
+    artifact: str = ""
 
 
 class ArtifactCreated(Event, frozen=True, kw_only=True):

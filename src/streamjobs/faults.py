@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 
-POINTS = (
+CHAT_POINTS = (
     "after_take",
     "after_load",
     "after_turn_started",
@@ -26,7 +26,23 @@ POINTS = (
     "before_finish",
     "after_finish",
 )
-"""Every point, in the order in which a chat job with a tool passes them (append: many times)."""
+"""In the order in which a chat job with a tool passes them (append: many times)."""
+
+WORKFLOW_POINTS = (
+    "after_step_started",
+    "after_step_effect",
+    "after_step_recorded",
+    "after_artifact_stored",
+    "after_approval_requested",
+    "after_news_read",
+    "after_timer_set",
+    "after_child_submitted",
+    "before_park",
+    "after_park",
+)
+"""What a workflow passes beside those."""
+
+POINTS = CHAT_POINTS + WORKFLOW_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

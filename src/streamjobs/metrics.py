@@ -34,6 +34,7 @@ LEASES_LOST = Counter("streamjobs_leases_lost", "Leases this worker lost", regis
 TURNS = Counter("streamjobs_turns", "Model calls", ["outcome"], registry=REGISTRY)
 TOKENS = Counter("streamjobs_tokens", "Tokens as providers count them", ["direction"], registry=REGISTRY)
 TOOL_CALLS = Counter("streamjobs_tool_calls", "Tool calls", ["outcome"], registry=REGISTRY)
+STEPS = Counter("streamjobs_steps", "Attempts of steps", ["outcome"], registry=REGISTRY)
 SWEPT = Counter("streamjobs_swept", "What sweeps did to jobs", ["what"], registry=REGISTRY)
 
 # --- gateway

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streamjobs.faults import POINTS
+from streamjobs.faults import CHAT_POINTS, POINTS
 from streamjobs.testing import Scenario, ScriptedCall, Turn
 from tests.conftest import RedisProcess
 from tests.faults.app import once_at_most_once, read_effects
@@ -30,7 +30,7 @@ LEASE = 1.0
 RECOVERY = 15.0
 """Far above lease and sweep: a bound that says 'it recovers', not how fast."""
 
-ONCE = [f"{point}:3" for point in POINTS if "_tool_" in point]
+ONCE = [f"{point}:3" for point in CHAT_POINTS if "_tool_" in point]
 """The third tool call is the one of the `once` tool."""
 LATER = ["mid_turn:3", "after_turn_started:3", "before_append:4", "after_append:6"]
 
@@ -41,7 +41,7 @@ async def bench(redis: RedisProcess) -> AsyncIterator[Lab]:
         yield opened
 
 
-@pytest.mark.parametrize("point", [*POINTS, *ONCE, *LATER])
+@pytest.mark.parametrize("point", [*CHAT_POINTS, *ONCE, *LATER])
 async def test_a_worker_killed_there_costs_a_lease_and_nothing_else(bench: Lab, tmp_path: Path, point: str):
     """The promise of the project: pull the plug anywhere, and the user's job ends as if nobody had."""
     effects = tmp_path / "effects"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 import msgspec
 import structlog
@@ -21,24 +21,22 @@ import structlog
 from streamjobs import events as ev
 from streamjobs import metrics
 from streamjobs.agent import Agent
-from streamjobs.errors import Fenced, Invalid, LimitExceeded, ProviderError, StreamjobsError
-from streamjobs.events import ErrorInfo, Json, ToolCallRequest, Usage, clean_text
+from streamjobs.errors import Invalid, ProviderError, StreamjobsError, WorkflowChanged
+from streamjobs.events import Json, ToolCallRequest, Usage, clean_text
 from streamjobs.faults import fault
-from streamjobs.inputs import ChatInput, is_too_deep
+from streamjobs.inputs import ChatInput
 from streamjobs.llm.base import Answer, Message, ModelRequest, Piece, TextPiece
 from streamjobs.retry import Backoff
-from streamjobs.tool import Tool, ToolContext
+from streamjobs.tool import Tool
 from streamjobs.worker.context import Context
-from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, tool_result_text
+from streamjobs.worker.toolcall import ToolCall, shown_arguments
+from streamjobs.worker.tools import tool_result_text
 
 log = structlog.get_logger(__name__)
 
 _MAX_PIECE = 16 * 1024
 _MAX_CALL_ID = 40
 _FOREIGN = re.compile(r"[^A-Za-z0-9_-]")
-_UNKNOWN_OUTCOME = (
-    "the tool was started and its outcome was never recorded: it may or may not have taken effect"
-)
 
 
 _Stream = Callable[[ModelRequest], AsyncGenerator[Piece, None]]
@@ -64,8 +62,8 @@ async def chat(ctx: Context) -> ChatResult:
     return await converse(ctx, ChatInput.from_json(ctx.history.submission.input))
 
 
-async def converse(ctx: Context, request: ChatInput) -> ChatResult:
-    """Run a conversation to its end.
+async def converse(ctx: Context, request: ChatInput, key: str = "") -> ChatResult:
+    """Run a conversation to its end; `key` tells a workflow's calls apart.
 
     Raises `ProviderError`, `TooManyRounds`, `UnknownAgent`, `UnknownTool`.
     """
@@ -73,14 +71,15 @@ async def converse(ctx: Context, request: ChatInput) -> ChatResult:
         raise Invalid("a job runs one chat at a time")
     ctx.is_chatting = True
     try:
-        return await _Conversation(ctx, request).run()
+        return await _Conversation(ctx, request, key).run()
     finally:
         ctx.is_chatting = False
 
 
 class _Conversation:
-    def __init__(self, ctx: Context, request: ChatInput) -> None:
+    def __init__(self, ctx: Context, request: ChatInput, key: str) -> None:
         self._ctx = ctx
+        self._key = key
         agent = ctx.app.find_agent(request.agent) if request.agent else None
         self._provider, self._model = ctx.providers.resolve(_model_of(ctx, request, agent))
         self._parameters: dict[str, Json] = {**(agent.parameters if agent else {}), **request.parameters}
@@ -96,16 +95,34 @@ class _Conversation:
                 return ChatResult(turn.text, turn.finish_reason, round_number, self._usage)
             self._messages.append(Message("assistant", turn.text, calls=turn.calls, extra=turn.extra))
             self._messages.extend(await self._answer_calls(turn))
-            self._ctx.checkpoint()
+            await self._ctx.checkpoint()
         raise TooManyRounds(f"the model still asked for tools after {self._ctx.settings.max_rounds} rounds")
 
     async def _turn(self) -> ev.TurnCompleted:
-        self._ctx.turn += 1
-        recorded = self._ctx.history.turns.get(self._ctx.turn)
-        if recorded is not None:
+        ctx = self._ctx
+        ctx.turn += 1
+        op = ("turn", str(ctx.turn))
+        is_known = ctx.replay.is_known(op)
+        outcome = ctx.replay.begin(op)
+        self._require_same_chat()
+        if ctx.replay.has_outcome(op):
+            await outcome
+            recorded = ctx.history.turns[ctx.turn]
             self._take_over(recorded)
             return recorded
-        return await _Turn(self._ctx, self._ctx.turn, self._request(), self._provider.stream).run()
+        if not is_known:
+            await ctx.begin_new()
+        with ctx.replay.working():
+            return await _Turn(ctx, ctx.turn, self._request(), self._provider.stream, self._key).run()
+
+    def _require_same_chat(self) -> None:
+        """A turn that is recorded for another question is not an answer to this one."""
+        recorded = self._ctx.history.chats.get(self._ctx.turn, self._key)
+        if recorded != self._key:
+            raise WorkflowChanged(
+                f"turn {self._ctx.turn} was recorded for {recorded!r}, the code asks for {self._key!r}: "
+                "the workflow was changed while this job lived"
+            )
 
     def _take_over(self, recorded: ev.TurnCompleted) -> None:
         """Go on from a turn that an earlier run completed; its calls may not all be in the log yet."""
@@ -124,7 +141,7 @@ class _Conversation:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(_Call(self._ctx, self._tools, turn.turn, call).run(refused=i >= limit))
+                    group.create_task(self._answer(turn.turn, call, is_refused=i >= limit))
                     for i, call in enumerate(turn.calls)
                 ]
         except BaseExceptionGroup as failures:
@@ -132,12 +149,19 @@ class _Conversation:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
+    async def _answer(self, turn: int, call: ToolCallRequest, *, is_refused: bool) -> Message:
+        known = ToolCall(self._ctx, self._tools.get(call.tool), turn, call)
+        outcome = await known.run(is_refused=is_refused)
+        is_error = outcome.error is not None
+        return Message("tool", tool_result_text(outcome), call_id=call.call_id, is_error=is_error)
+
 
 class _Turn:
     """One call of the model, recorded as it comes."""
 
-    def __init__(self, ctx: Context, turn: int, request: ModelRequest, stream: _Stream) -> None:
+    def __init__(self, ctx: Context, turn: int, request: ModelRequest, stream: _Stream, chat: str) -> None:
         self._ctx = ctx
+        self._chat = chat
         self._journal = ctx.journal
         self._turn = turn
         self._request = request
@@ -170,7 +194,9 @@ class _Turn:
         known = self._ctx.history.open_turns.get(self._turn)
         if known is None:
             self._started = self._journal.emit_tracked(
-                ev.TurnStarted(ts=self._ctx.clock.now_ms(), turn=self._turn, model=self._request.model)
+                ev.TurnStarted(
+                    ts=self._ctx.clock.now_ms(), turn=self._turn, model=self._request.model, chat=self._chat
+                )
             )
         else:
             self._first_seq, self._attempt = known.seq, known.attempt
@@ -243,131 +269,6 @@ class _Turn:
         return event
 
 
-class _Call:
-    """One tool call, from what the model asked to what it is told."""
-
-    def __init__(self, ctx: Context, tools: dict[str, Tool], turn: int, call: ToolCallRequest) -> None:
-        self._ctx = ctx
-        self._tool = tools.get(call.tool)
-        self._turn = turn
-        self._call = call
-        self._record = ctx.history.tool(call.call_id)
-
-    async def run(self, *, refused: bool) -> Message:
-        outcome = self._recorded()
-        if outcome is None:
-            outcome = await self._fresh(refused)
-            metrics.TOOL_CALLS.labels("failed" if outcome.error else "completed").inc()
-        return Message(
-            "tool", tool_result_text(outcome), call_id=self._call.call_id, is_error=outcome.error is not None
-        )
-
-    def _recorded(self) -> ToolOutcome | None:
-        match self._record.outcome:
-            case ev.ToolCompleted(output=output, ms=ms):
-                return ToolOutcome(output=output, ms=ms)
-            case ev.ToolFailed(error=error, ms=ms):
-                return ToolOutcome(error=error, ms=ms)
-            case ev.ToolUnknown(message=message):
-                return ToolOutcome(error=ErrorInfo("unknown_outcome", message))
-            case None:
-                return None
-
-    async def _fresh(self, refused: bool) -> ToolOutcome:
-        if refused:
-            limit = self._ctx.settings.max_tool_calls
-            return self._failed(
-                ErrorInfo("too_many_tool_calls", f"only {limit} tool calls are run in one round")
-            )
-        if self._tool is None:
-            return self._failed(
-                ErrorInfo("unknown_tool", f"there is no tool {clean_text(self._call.tool)!r}")
-            )
-        if self._record.starts and "once" in {self._tool.effect, self._record.effect}:
-            return self._unknown()
-        await self._start(self._tool)
-        try:
-            outcome = await call_tool(
-                self._ctx.app, self._ctx.settings, self._tool.name, self._call.arguments, self._context()
-            )
-        except asyncio.CancelledError:
-            self._abandon()
-            raise
-        fault("after_tool_effect")
-        self._finish(outcome)
-        fault("after_tool_completed")
-        return outcome
-
-    async def _start(self, tool: Tool) -> None:
-        fault("before_tool_started")
-        self._record.starts += 1
-        self._ctx.journal.emit(
-            ev.ToolStarted(
-                ts=self._ctx.clock.now_ms(),
-                call_id=self._call.call_id,
-                idempotency_key=self._key(),
-                effect=tool.effect,
-                attempt=self._record.starts,
-            )
-        )
-        await self._ctx.journal.commit()
-        fault("after_tool_started")
-
-    def _key(self) -> str:
-        return idempotency_key(self._ctx.job_id, self._turn, self._call.call_id)
-
-    def _context(self) -> ToolContext:
-        return ToolContext(
-            job_id=self._ctx.job_id,
-            owner=self._ctx.owner,
-            call_id=self._call.call_id,
-            idempotency_key=self._key(),
-            attempt=self._record.starts,
-            settings=self._ctx.settings,
-            on_progress=self._on_progress,
-            cancelled=lambda: self._ctx.is_cancelled or self._ctx.journal.closed is not None,
-        )
-
-    def _on_progress(self, percent: float | None, message: str) -> None:
-        """Record progress; it comes on the event loop, and only while the call runs."""
-        event = ev.ToolProgress(
-            ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, percent=percent, message=message
-        )
-        # a job that is stopped or over its budget hears of it elsewhere
-        with suppress(Fenced, LimitExceeded):
-            self._ctx.journal.emit(event)
-
-    def _finish(self, outcome: ToolOutcome) -> None:
-        if outcome.error is not None:
-            self._failed(outcome.error, outcome.ms)
-            return
-        self._ctx.journal.emit(
-            ev.ToolCompleted(
-                ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, output=outcome.output, ms=outcome.ms
-            )
-        )
-
-    def _failed(self, error: ErrorInfo, ms: int = 0) -> ToolOutcome:
-        self._ctx.journal.emit(
-            ev.ToolFailed(ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, error=error, ms=ms)
-        )
-        return ToolOutcome(error=error, ms=ms)
-
-    def _unknown(self) -> ToolOutcome:
-        self._emit_unknown(_UNKNOWN_OUTCOME)
-        return ToolOutcome(error=ErrorInfo("unknown_outcome", _UNKNOWN_OUTCOME))
-
-    def _abandon(self) -> None:
-        """The run is stopped while the tool runs: if no other run follows, its outcome is unknown."""
-        if self._ctx.is_stopped_for_good:
-            with suppress(Fenced, LimitExceeded):
-                self._emit_unknown("the job was stopped while the tool ran")
-
-    def _emit_unknown(self, message: str) -> None:
-        event = ev.ToolUnknown(ts=self._ctx.clock.now_ms(), call_id=self._call.call_id, message=message)
-        self._ctx.journal.emit(event)
-
-
 def _model_of(ctx: Context, request: ChatInput, agent: Agent | None) -> str:
     model = request.model or (agent.model if agent else "") or ctx.settings.default_model
     if not model:
@@ -400,15 +301,7 @@ def _distinct(call: ToolCallRequest, turn: int, index: int, taken: set[str]) -> 
 
 
 def _called(call: ToolCallRequest, turn: ev.TurnCompleted) -> ev.ToolCalled:
+    arguments = shown_arguments(call.arguments)
     return ev.ToolCalled(
-        ts=turn.ts, call_id=call.call_id, tool=call.tool, arguments=_shown(call.arguments), turn=turn.turn
+        ts=turn.ts, call_id=call.call_id, tool=call.tool, arguments=arguments, turn=turn.turn
     )
-
-
-def _shown(arguments: str) -> Json:
-    """A call's arguments as people and folds see them: decoded where that is sane, else the text."""
-    try:
-        shown: Json = msgspec.json.decode(arguments.strip() or "{}")
-    except ev.UNENCODABLE:
-        return arguments
-    return arguments if is_too_deep(shown) else shown

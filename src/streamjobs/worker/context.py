@@ -1,31 +1,51 @@
 """What a workflow's code sees: its job, its past, and the ways to record what it does.
 
 Rule 1: a workflow runs from its start after every wake or crash; what is recorded is returned, not redone.
-Rule 2: what a workflow says (progress, log lines, its own events) is said once: the first n of a kind are
+Rule 2: between what it records its code must be quick, and do the same in every run: no clock, no chance, no
+input or output of its own. That is what steps are for.
+Rule 3: what a workflow says (progress, log lines, its own events) is said once: the first n of a kind are
 skipped where the log has n.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
 import re
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from streamjobs import events as ev
-from streamjobs.app import App, ChatInput, ChatMessage, Tool
+from streamjobs.app import App
+from streamjobs.approvals import Decision
 from streamjobs.config import Settings
-from streamjobs.errors import Invalid
+from streamjobs.errors import Denied, Invalid, OutcomeUnknown, StepError, StoreUnavailable, WaitTimeout
 from streamjobs.events import UNENCODABLE, Event, Json, clean_text, encode_json
+from streamjobs.faults import fault
+from streamjobs.inputs import ChatInput, ChatMessage
 from streamjobs.llm import Providers
-from streamjobs.store import Lease
-from streamjobs.worker.history import History
+from streamjobs.retry import Retry
+from streamjobs.store import Lease, Store
+from streamjobs.tool import Effect, Tool
+from streamjobs.worker.children import Child, spawn
+from streamjobs.worker.history import History, Occurrence, OpKey
+from streamjobs.worker.news import News
 from streamjobs.worker.recorder import Journal
+from streamjobs.worker.replay import Replay
+from streamjobs.worker.steps import ONCE, Step
+from streamjobs.worker.toolcall import ToolCall, shown_arguments
+from streamjobs.worker.tools import ToolOutcome
+from streamjobs.worker.values import digest, encode_clean
+from streamjobs.worker.waits import approve, pause, wait_for
 
 if TYPE_CHECKING:
     from streamjobs.worker.chat import ChatResult
 
+_RAISE: Any = object()
 _EVENT_NAME = re.compile(r"[a-z0-9_.-]{1,60}", re.ASCII)
 
 
@@ -45,34 +65,51 @@ class Clock:
         return self._monotonic_ms() + self._offset
 
 
+class Surroundings(NamedTuple):
+    """What the worker gives a run beside its lease and its past."""
+
+    app: App
+    store: Store
+    settings: Settings
+    providers: Providers
+    clock: Clock
+    should_stop: Callable[[], bool]
+    is_stopped_for_good: Callable[[], bool]
+    is_struck: Callable[[str], bool]
+
+
 class Context:
-    """One run of one job. Workflows get it as their first argument."""
+    """One run of one job. Workflows get it as their first argument.
+
+    `summary`, if set, stands beside the job's result.
+    """
 
     def __init__(
         self,
         lease: Lease,
         history: History,
         journal: Journal,
-        *,
-        app: App,
-        settings: Settings,
-        providers: Providers,
-        clock: Clock,
-        should_stop: Callable[[], bool],
-        is_stopped_for_good: Callable[[], bool],
+        replay: Replay,
+        news: News,
+        surroundings: Surroundings,
     ) -> None:
+        self.summary = ""
         self.lease = lease
         self.history = history
         self.journal = journal
-        self.app = app
-        self.settings = settings
-        self.providers = providers
-        self.clock = clock
+        self.replay = replay
+        self.loop = asyncio.get_running_loop()
+        self.app = surroundings.app
+        self.store = surroundings.store
+        self.settings = surroundings.settings
+        self.providers = surroundings.providers
+        self.clock = surroundings.clock
         self.turn = 0
         self.is_chatting = False
         self.call_ids: set[str] = set()
-        self._should_stop = should_stop
-        self._is_stopped_for_good = is_stopped_for_good
+        self._news = news
+        self._surroundings = surroundings
+        self._names: Counter[str] = Counter()
 
     @property
     def job_id(self) -> str:
@@ -99,6 +136,142 @@ class Context:
         """Whether somebody asked for the job's end."""
         return self.journal.asked == "cancel"
 
+    # --- doing
+
+    async def step(
+        self,
+        name: str | Callable[..., Any],
+        *given: Any,
+        key: str = "",
+        retry: Retry | int | None = None,
+        timeout: float | None = None,
+        effect: Effect = "idempotent",
+        approval: str = "",
+    ) -> Any:
+        """Run `function(*arguments)` once and record what it returns: `ctx.step("scan", scan, file)`.
+
+        The function may be async, or sync (it then runs in a thread); its output is JSON, or of the type
+        that it says it returns. The step is known by its name and arguments, in a replay too; `key`
+        replaces arguments that JSON does not know. The name may be left out where the function has one.
+
+        `retry` (how often, or a policy) is none by default. `effect` "once" runs it at most once. With
+        `approval` a person is asked first. Raises `StepError`, `OutcomeUnknown`, `Denied`, `Invalid`,
+        `WorkflowChanged`.
+        """
+        function, arguments, called = _function_of(name, given)
+        policy = Retry(attempts=retry) if isinstance(retry, int) else retry or ONCE
+        step = Step(
+            self,
+            self.unique(_named(called, arguments, key)),
+            called,
+            function,
+            arguments,
+            retry=policy,
+            timeout=timeout,
+            effect=effect,
+            approval=approval,
+        )
+        return await step.run()
+
+    async def tool(self, tool: str | Callable[..., Any], /, **arguments: Any) -> Any:
+        """Call a registered tool, with its limits, effects and approvals, and return its output.
+
+        Raises `StepError` where the tool failed, `OutcomeUnknown`, `Denied`, `UnknownTool`.
+        """
+        known = self._tool(tool)
+        call_id = f"call_{digest(self.unique(_named(known.name, [arguments], '')))}"
+        text = encode_json(msgspec.to_builtins(arguments)).decode()
+        request = ev.ToolCallRequest(call_id, known.name, text)
+        op = ("tool", call_id)
+        is_known = self.replay.is_known(op)
+        told = self.replay.begin(op)
+        if self.replay.has_outcome(op):
+            await told
+        elif not is_known:
+            await self.begin_new()
+            self.journal.emit(
+                ev.ToolCalled(
+                    ts=self.clock.now_ms(),
+                    call_id=call_id,
+                    tool=known.name,
+                    arguments=shown_arguments(text),
+                )
+            )
+        call = ToolCall(self, known, 0, request)
+        outcome = await call.run()
+        if call.recorded is not None:
+            with self.replay.working():
+                await self.tell_in_turn(op, *call.recorded)
+        return _output_of(known.name, outcome)
+
+    async def spawn(
+        self,
+        kind: str,
+        input: object = None,  # noqa: A002 - the word of the API
+        *,
+        key: str = "",
+        queue: str | None = None,
+        priority: str | None = None,
+        delay: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int | None = None,
+        concurrency_key: str | None = None,
+        metadata: dict[str, Json] | None = None,
+    ) -> Child:
+        """Submit a child job and go on; `await child.result()` waits for it.
+
+        It has this job's owner, and is cancelled with it. It is known by kind and input, or by `key`. Raises
+        `Invalid`, `UnknownKind`, `UnknownQueue`, `TooDeep`, `TooManyChildren`.
+        """
+        options = {
+            "queue": queue,
+            "priority": priority,
+            "delay": delay,
+            "timeout": timeout,
+            "max_attempts": max_attempts,
+            "concurrency_key": concurrency_key,
+            "metadata": metadata,
+        }
+        return await spawn(self, kind, input, key, options)
+
+    async def join(self, *children: Child) -> list[Any]:
+        """Wait for children.
+
+        Their results in order. Raises `ChildFailed` for the first that did not complete.
+        """
+        return list(await asyncio.gather(*(child.result() for child in children)))
+
+    # --- waiting
+
+    async def sleep(self, seconds: float, *, key: str = "") -> None:
+        """Sleep: past a few seconds without a worker, and through any crash."""
+        await pause(self, self.unique(f"sleep:{key or f'{seconds:g}'}"), seconds)
+
+    async def wait_for(self, signal: str, *, timeout: float | None = None, default: Any = _RAISE) -> Json:
+        """Wait for a signal of that name, also one that came before; its payload.
+
+        Signals are read in the order in which they came, each once. After `timeout` seconds the `default` is
+        returned, or without one `WaitTimeout`, a `TimeoutError`, is raised.
+        """
+        try:
+            return await wait_for(self, signal, self.unique(f"signal:{signal}"), timeout)
+        except WaitTimeout:
+            if default is _RAISE:
+                raise
+            return default
+
+    async def approve(
+        self, message: str, *, detail: Json = None, timeout: float | None = None, key: str = ""
+    ) -> Decision:
+        """Ask a person to approve something, and wait for the decision (`approved`, `comment`, `by`).
+
+        It is answered by a signal named `approval`. Raises `WaitTimeout`.
+        """
+        name = self.unique(key or f"job:{digest(message)}")
+        return await approve(self, name, subject="job", message=message, detail=detail, timeout=timeout)
+
+    # --- saying
+
     def progress(
         self,
         percent: float | None = None,
@@ -117,6 +290,31 @@ class Context:
         """Record a line for people."""
         event = ev.JobLog(ts=self.clock.now_ms(), level=level, message=clean_text(message), data=data)
         self._say(event.type, event)
+
+    def heartbeat(self) -> None:
+        """Say that the code is alive, where it records nothing for a long time; writes nothing."""
+        self.journal.touched = time.monotonic()
+
+    async def artifact(
+        self, name: str, data: bytes | str | object, *, media_type: str = ""
+    ) -> ev.ArtifactCreated:
+        """Keep something with the job that is too large for its log: bytes, text, or any value as JSON.
+
+        The same name replaces what was there before. Raises `LimitExceeded`, `Invalid` for a name that does
+        not fit.
+        """
+        if isinstance(data, bytes):
+            content, default = data, "application/octet-stream"
+        elif isinstance(data, str):
+            content, default = clean_text(data).encode(), "text/plain; charset=utf-8"
+        else:
+            content, default = encode_clean(data), "application/json"
+        made = self._artifact(name, content, media_type or default)
+        if self.history.emitted[f"{made.type} {name}"] > 0:
+            self.history.emitted[f"{made.type} {name}"] -= 1
+            return made
+        with self.replay.working():
+            return await self.store_artifact(name, content, made.media_type)
 
     def emit(self, name: str, data: Json = None) -> None:
         """Record an event of the workflow's own; viewers get it as `x.<name>` with `data`.
@@ -156,22 +354,84 @@ class Context:
             tools=names,
             parameters=parameters or {},
         )
-        result: ChatResult = await converse(self, request)
+        result: ChatResult = await converse(self, request, self.unique(f"chat:{digest(request)}"))
         return result.text
 
     @property
     def is_stopped_for_good(self) -> bool:
         """Whether this run is being stopped and no other one follows: the job was cancelled or timed out."""
-        return self._is_stopped_for_good()
+        return self._surroundings.is_stopped_for_good()
 
     def should_stop(self) -> bool:
         """Whether this run is to be handed back at its next recorded point (a drain or a pause)."""
-        return self._should_stop() or self.journal.asked == "pause"
+        return self._surroundings.should_stop() or self.journal.asked == "pause"
 
-    def checkpoint(self) -> None:
+    async def checkpoint(self) -> None:
         """A recorded point: hand the job back here where that is wanted."""
         if self.should_stop():
-            raise HandBack
+            await self.replay.rest()
+
+    # --- for the operations
+
+    def is_struck(self, tool: str) -> bool:
+        """Whether an operator has struck this tool."""
+        return self._surroundings.is_struck(tool)
+
+    def unique(self, name: str) -> str:
+        """The name, with an occurrence number where it was used before."""
+        self._names[name] += 1
+        return name if self._names[name] == 1 else f"{name}#{self._names[name]}"
+
+    def step_key(self, key: str) -> str:
+        """The idempotency key of a step, the same over all attempts."""
+        return f"{self.job_id}-{digest(key)}"
+
+    async def begin_new(self) -> None:
+        """Wait until something that the log does not have may begin. Raises `WorkflowChanged`."""
+        await self.replay.ready()
+        await self.checkpoint()
+        if self.journal.is_full:
+            await self.journal.room()
+
+    async def record(self, op: OpKey, event: Event) -> None:
+        """Commit an operation's outcome, and return when it is its turn to be told."""
+        await self.tell_in_turn(op, self.journal.emit_tracked(event), event)
+
+    async def tell_in_turn(self, op: OpKey, committed: asyncio.Future[int], event: Event) -> None:
+        """Return once an outcome is in the log and all that came before it there was told."""
+        seq = await committed
+        if not self._news.is_behind and not self.replay.is_replaying:
+            return
+        self.replay.hold()
+        try:
+            self.replay.tell(Occurrence(seq, op, event))
+            await self._news.catch_up()
+        finally:
+            self.replay.release()
+        await self.replay.begin(op)
+
+    async def store_artifact(self, name: str, content: bytes, media_type: str) -> ev.ArtifactCreated:
+        """Store bytes beside the log and say so in it."""
+        await self.store.artifacts.put(self.job_id, self.lease.epoch, name, media_type, content)
+        fault("after_artifact_stored")
+        event = self._artifact(name, content, media_type)
+        self._say(f"{event.type} {name}", event)
+        return event
+
+    def _artifact(self, name: str, content: bytes, media_type: str) -> ev.ArtifactCreated:
+        now = self.clock.now_ms()
+        return ev.ArtifactCreated(ts=now, name=name, media_type=media_type, size=len(content), where="redis")
+
+    async def read_artifact(self, job_id: str, name: str) -> bytes:
+        """The bytes of an artifact; waits while Redis is away."""
+        delay = 0.05
+        while True:
+            try:
+                _, content = await self.store.artifacts.get(job_id, name)
+                return content
+            except StoreUnavailable:
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+                delay = min(1.0, delay * 2)
 
     def _tool(self, tool: str | Callable[..., Any]) -> Tool:
         return self.app.find_tool(tool)
@@ -184,10 +444,6 @@ class Context:
             self.journal.emit(event)
         except UNENCODABLE as error:
             raise Invalid(f"{kind} cannot be stored as JSON: {error}") from error
-
-
-class HandBack(BaseException):
-    """Unwinds a workflow whose job is to be handed back; never seen by users' `except Exception`."""
 
 
 class OwnEvent(Event, frozen=True, kw_only=True):
@@ -207,3 +463,40 @@ def _as_text(data: Json) -> str:
         return encode_json(msgspec.to_builtins(data)).decode()
     except UNENCODABLE as error:
         raise Invalid(f"data cannot be written as JSON: {error}") from error
+
+
+def _function_of(
+    name: str | Callable[..., Any], given: Sequence[Any]
+) -> tuple[Callable[..., Any], Sequence[Any], str]:
+    """What a step runs, with which arguments, and what it is called."""
+    if isinstance(name, str):
+        if not given or not callable(given[0]):
+            raise TypeError(f"step {name!r}: expected a function behind its name")
+        return given[0], given[1:], name
+    called = getattr(name, "__name__", "")
+    if not called or called == "<lambda>":
+        raise TypeError("a step of a function without a name needs one: ctx.step('name', function, ...)")
+    return name, given, called
+
+
+def _named(name: str, arguments: Sequence[Any], key: str) -> str:
+    """What an operation is known by: its name, and its key or a digest of its arguments."""
+    if key:
+        return f"{name}:{key}"
+    if not arguments:
+        return name
+    try:
+        return f"{name}:{digest(list(arguments))}"
+    except UNENCODABLE as error:
+        raise Invalid(f"{name!r}: its arguments are not JSON, give a key=: {error}") from error
+
+
+def _output_of(name: str, outcome: ToolOutcome) -> Json:
+    error = outcome.error
+    if error is None:
+        return outcome.output
+    if error.code == Denied.code:
+        raise Denied(error.message)
+    if error.code == OutcomeUnknown.code:
+        raise OutcomeUnknown(f"tool {name!r}: {error.message}")
+    raise StepError(f"tool {name!r}: {error.message}", step_code=error.code, is_retryable=error.retryable)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -27,6 +27,7 @@ from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import (
     Fenced,
+    HeartbeatTimeout,
     JobNotFound,
     LimitExceeded,
     ProviderError,
@@ -41,24 +42,27 @@ from streamjobs.events import (
     JobFailed,
     JobRetrying,
     clean_text,
-    encode_json,
 )
 from streamjobs.faults import fault
 from streamjobs.llm import Providers
-from streamjobs.retry import Backoff
+from streamjobs.retry import Backoff, Retry
 from streamjobs.store import Entry, Lease, Outcome, Store
 from streamjobs.worker.chat import chat
-from streamjobs.worker.context import Clock, Context, HandBack
+from streamjobs.worker.context import Clock, Context, Surroundings
+from streamjobs.worker.described import MAX_MESSAGE, clean_message, describe, leaves
 from streamjobs.worker.history import History
+from streamjobs.worker.news import News
+from streamjobs.worker.parking import Parking
 from streamjobs.worker.recorder import Committer, Journal
+from streamjobs.worker.replay import Replay
+from streamjobs.worker.values import encode_clean
 
 log = structlog.get_logger(__name__)
 
-_MAX_MESSAGE = 2000
 _UNWIND_TIMEOUT = 1.0
 """Seconds that code has to clean up when the worker drops everything."""
 
-Stop = Literal["cancel", "fenced", "timeout", "yield"]
+Stop = Literal["cancel", "fenced", "timeout", "heartbeat", "yield", "parked", "refused"]
 
 
 class Services(NamedTuple):
@@ -72,6 +76,7 @@ class Services(NamedTuple):
     committers: dict[int, Committer]
     is_draining: Callable[[], bool]
     left_behind: set[asyncio.Task[Any]]
+    is_struck: Callable[[str], bool] = lambda _: False
 
 
 class _Ending(NamedTuple):
@@ -92,6 +97,18 @@ class Execution:
         self._services = services
         self._stopped: Stop | None = None
         self._max_attempts = services.settings.max_attempts
+        self._retry: Retry | None = None
+        self._replay: Replay | None = None
+        self._news: News | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._heartbeat_timeout = 0.0
+        self._parking = Parking(
+            self.journal,
+            services.settings.park_after,
+            is_wanted_back=lambda: services.is_draining() or self.journal.asked == "pause",
+            on_decided=self.stop,
+            now_ms=services.clock.now_ms,
+        )
         self._loop = committer.loop
         self._code: asyncio.Task[_Ending | None] | None = None
         self._settled: asyncio.Future[None] = self._loop.create_future()
@@ -103,18 +120,34 @@ class Execution:
         fault("after_take")
         self._watch_timeout()
         try:
-            outcome = await self._end(await self._advance())
+            outcome = await self._conclude(await self._advance())
         except Fenced:
             outcome = "fenced"
         finally:
-            for timer in self._timers:
-                timer.cancel()
+            self._clean_up()
         metrics.JOBS_DONE.labels(outcome).inc()
         metrics.JOB_SECONDS.observe(time.monotonic() - started)
+
+    def _clean_up(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._parking.close()
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._replay is not None:
+            self._replay.close(Fenced("the run is over"))
+
+    async def _conclude(self, ending: _Ending | None) -> str:
+        """Record what becomes of the job, unless it was parked."""
+        parked = await self._parking.outcome()
+        return parked or await self._end(ending)
 
     def stop(self, why: Stop) -> None:
         """Interrupt the job's code; what becomes of the job follows from the first `why`."""
         if self._stopped is not None or self.is_ending:
+            return
+        if self._parking.is_deciding:
+            self._parking.postpone(why)
             return
         self._stopped = why
         if why == "fenced":
@@ -131,6 +164,27 @@ class Execution:
             self.stop("fenced")
         elif journal.asked == "cancel":
             self.stop("cancel")
+        elif self._news is not None and self._news.is_behind and not self.is_ending:
+            self._read_news(self._news)
+
+    def _read_news(self, news: News) -> None:
+        """Read what came in; what goes wrong there stops the code."""
+        if self._reading is None or self._reading.done():
+            self._reading = self._loop.create_task(self._catch_up(news), name="news")
+        self.nudge()
+
+    async def _catch_up(self, news: News) -> None:
+        try:
+            await news.catch_up()
+        except Fenced:
+            self.stop("fenced")
+        except StreamjobsError as error:
+            log.warning("news.unread", job_id=self.lease.job_id, error=str(error))
+
+    def nudge(self) -> None:
+        """Something outside may want this job back: let it be parked where it only waits."""
+        if self._replay is not None:
+            self._replay.nudge()
 
     def _watch_timeout(self) -> None:
         if self.lease.ms_left >= 0:
@@ -192,7 +246,7 @@ class Execution:
                 return self._stopped_ending()
             fault("after_load")
             self._max_attempts = history.submission.max_attempts or self._max_attempts
-            return _completed(await self._run(history), self._services)
+            return await self._run(history)
         except BaseException as error:  # noqa: BLE001 - anything that users' code raises ends or retries the job
             return self._raised_ending(error)
 
@@ -223,70 +277,123 @@ class Execution:
                 history.add(entry)
         return True
 
-    async def _run(self, history: History) -> Any:
+    async def _run(self, history: History) -> _Ending:
         services = self._services
-        context = Context(
-            self.lease,
-            history,
-            self.journal,
+        replay = Replay(history, timeout=services.settings.replay_timeout, on_idle=self._parking.consider)
+        news = News(services.store.log, self.journal, replay, history.cursor)
+        self._replay, self._news = replay, news
+        self._parking.replay = replay
+        surroundings = Surroundings(
             app=services.app,
+            store=services.store,
             settings=services.settings,
             providers=services.providers,
             clock=services.clock,
             should_stop=services.is_draining,
             is_stopped_for_good=lambda: self._stopped in {"cancel", "timeout"},
+            is_struck=services.is_struck,
         )
+        context = Context(self.lease, history, self.journal, replay, news, surroundings)
+        if news.is_behind:
+            self._read_news(news)
+        result = await self._call(context)
+        replay.require_complete()
+        return await self._completed(context, result)
+
+    async def _call(self, context: Context) -> Any:
         if self.lease.kind == CHAT:
             return await chat(context)
-        workflow = services.app.find_workflow(self.lease.kind)
-        self._max_attempts = history.submission.max_attempts or workflow.max_attempts or self._max_attempts
-        return await workflow.function(context, *workflow.arguments(history.submission.input))
+        workflow = self._services.app.find_workflow(self.lease.kind)
+        submission = context.history.submission
+        self._retry = workflow.retry
+        self._max_attempts = submission.max_attempts or workflow.max_attempts or self._max_attempts
+        if workflow.heartbeat_timeout is not None:
+            self._watch_heartbeat(workflow.heartbeat_timeout)
+        return await workflow.function(context, *workflow.arguments(submission.input))
+
+    def _watch_heartbeat(self, timeout: float) -> None:
+        """Stop code that works, and gives no sign of life, for too long."""
+        silent = time.monotonic() - self.journal.touched
+        if self._replay is not None and not self._replay.active and self._replay.waits:
+            silent = 0.0
+        if silent >= timeout:
+            self._heartbeat_timeout = timeout
+            self.stop("heartbeat")
+        else:
+            self._timers.append(
+                self._loop.call_later(max(0.01, timeout - silent), self._watch_heartbeat, timeout)
+            )
+
+    async def _completed(self, context: Context, result: Any) -> _Ending:
+        """The end of code that returned; a result too large for an event is an artifact."""
+        settings, artifact, encoded = self._services.settings, "", b""
+        try:
+            encoded = encode_clean(result)
+            if len(encoded) > settings.inline_output:
+                artifact = "result"
+                await context.store_artifact(artifact, encoded, "application/json")
+        except LimitExceeded as error:
+            why = f"the result has {len(encoded)} bytes: {error}"
+            return self._failed_for_good(ErrorInfo("result_too_large", clean_message(why)))
+        except UNENCODABLE as error:
+            why = f"the result cannot be written as JSON: {error}"
+            return self._failed_for_good(ErrorInfo("invalid_result", clean_message(why)))
+        event = JobCompleted(
+            ts=self._services.clock.now_ms(),
+            result=msgspec.Raw(b"null" if artifact else encoded),
+            summary=clean_text(context.summary)[:MAX_MESSAGE],
+            artifact=artifact,
+        )
+        return _Ending("completed", event)
+
+    def _failed_for_good(self, error: ErrorInfo) -> _Ending:
+        return _Ending("failed", JobFailed(ts=self._services.clock.now_ms(), error=error))
 
     # --- what becomes of it
 
     def _stopped_ending(self) -> _Ending | None:
-        now = self._services.clock.now_ms()
         match self._stopped:
             case "cancel":
                 return _Ending("cancelled")
             case "timeout":
-                error = ErrorInfo("timeout", "the job did not end within its timeout")
-                return _Ending("failed", JobFailed(ts=now, error=error))
+                return self._failed_for_good(ErrorInfo("timeout", "the job did not end within its timeout"))
+            case "heartbeat":
+                why = f"no sign of life for {self._heartbeat_timeout:g} s"
+                return self._failed_ending(HeartbeatTimeout(why))
             case "yield":
                 return _Ending("yield")
+            case "refused":
+                return self._raised_ending(LimitExceeded("the job is over its budget"))
             case _:
                 return None
 
     def _raised_ending(self, error: BaseException) -> _Ending | None:
         error = self.journal.refused or error
-        leaves = list(_leaves(error))
-        if any(isinstance(leaf, Fenced) for leaf in leaves):
+        if any(isinstance(leaf, Fenced) for leaf in leaves(error)):
             return None
-        if any(isinstance(leaf, HandBack) for leaf in leaves):
-            return _Ending("yield")
-        return self._failed_ending(error, leaves)
+        return self._failed_ending(error)
 
-    def _failed_ending(self, error: BaseException, leaves: list[BaseException]) -> _Ending:
-        info = _describe(error, leaves)
-        now, settings = self._services.clock.now_ms(), self._services.settings
+    def _failed_ending(self, error: BaseException) -> _Ending:
+        info, lease, settings = describe(error), self.lease, self._services.settings
         if self._stopped is None:
-            trace = error if info.code == "exception" else None
-            lease = self.lease
             log.info(
                 "job.attempt_failed",
                 job_id=lease.job_id,
                 attempt=lease.attempt,
                 code=info.code,
-                exc_info=trace,
+                exc_info=error if info.code == "exception" else None,
             )
-        if not info.retryable or self.lease.attempt >= self._max_attempts:
-            return _Ending("failed", JobFailed(ts=now, error=info))
+        found = list(leaves(error))
+        is_forbidden = self._retry is not None and any(self._retry.forbids(leaf, info.code) for leaf in found)
+        if not info.retryable or is_forbidden or lease.attempt >= self._max_attempts:
+            return self._failed_for_good(info)
         wish = max(
-            (leaf.retry_after or 0.0 for leaf in leaves if isinstance(leaf, ProviderError)), default=0.0
+            (leaf.retry_after or 0.0 for leaf in found if isinstance(leaf, ProviderError)), default=0.0
         )
-        delay = Backoff(settings.retry_base, settings.retry_cap).delay(self.lease.attempt, at_least=wish)
-        delay_ms = round(delay * 1000)
-        event = JobRetrying(ts=now, attempt=self.lease.attempt, error=info, delay_ms=delay_ms)
+        own = Backoff(settings.retry_base, settings.retry_cap)
+        delay = (self._retry.backoff if self._retry else own).delay(lease.attempt, at_least=wish)
+        delay_ms, now = round(delay * 1000), self._services.clock.now_ms()
+        event = JobRetrying(ts=now, attempt=lease.attempt, error=info, delay_ms=delay_ms)
         return _Ending("retry", event, delay_ms)
 
     async def _end(self, ending: _Ending | None) -> str:
@@ -316,56 +423,3 @@ class Execution:
             return ending
         error = ErrorInfo(refused.code, str(refused))
         return _Ending("failed", JobFailed(ts=self._services.clock.now_ms(), error=error))
-
-
-def _completed(result: Any, services: Services) -> _Ending:
-    now = services.clock.now_ms()
-    try:
-        encoded = encode_json(result)
-    except UNENCODABLE as error:
-        info = ErrorInfo("invalid_result", _clean(f"the result cannot be written as JSON: {error}"))
-        return _Ending("failed", JobFailed(ts=now, error=info))
-    if len(encoded) > services.settings.max_event_bytes:
-        info = ErrorInfo(
-            "result_too_large", f"the result has {len(encoded)} bytes; max_event_bytes allows fewer"
-        )
-        return _Ending("failed", JobFailed(ts=now, error=info))
-    return _Ending("completed", JobCompleted(ts=now, result=msgspec.Raw(encoded)))
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """An error, or all that a group of them holds."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-            yield from _leaves(inner)  # pyright: ignore[reportUnknownArgumentType]
-    else:
-        yield error
-
-
-def _describe(error: BaseException, leaves: list[BaseException]) -> ErrorInfo:
-    """What is told of an error; a group of several is as its first, and retryable if all are."""
-    infos = [_describe_one(leaf) for leaf in leaves]
-    if len(infos) == 1:
-        return infos[0]
-    message = _clean(f"{_text(error)}: {'; '.join(info.message for info in infos[:5])}")
-    return ErrorInfo(infos[0].code, message, all(info.retryable for info in infos))
-
-
-def _describe_one(error: BaseException) -> ErrorInfo:
-    text = _text(error)
-    if isinstance(error, StreamjobsError):
-        retryable = error.is_retryable if isinstance(error, ProviderError) else error.retryable
-        return ErrorInfo(error.code, _clean(text), retryable)
-    name = type(error).__name__
-    return ErrorInfo("exception", _clean(f"{name}: {text}" if text else name), retryable=True)
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001 - the text of a foreign exception is foreign code
-        return ""
-
-
-def _clean(message: str) -> str:
-    return clean_text(message)[:_MAX_MESSAGE]

@@ -145,7 +145,7 @@ class History:
             if isinstance(event, ev.TimerFired):
                 self.fired[event.key] += 1
             return
-        self.emitted[kind] += 1
+        self.emitted[f"{kind} {event.name}" if isinstance(event, ev.ArtifactCreated) else kind] += 1
         if kind in _INTERRUPTIONS:
             self.interruption = _INTERRUPTIONS[kind]
             self.was_lost = kind == ev.JobLost.type
@@ -164,6 +164,8 @@ class History:
     def _start_over(self) -> None:
         """An attempt failed: the next one does again what failed, and may take another way."""
         self.begun.clear()
+        for said in [said for said in self.emitted if said.startswith(ev.ArtifactCreated.type)]:
+            del self.emitted[said]  # what it makes this time may be another thing
         failed = {one.op for one in self.occurrences if isinstance(one.event, ev.StepFailed | ev.ToolFailed)}
         again = failed - self._chat_calls()
         self.occurrences = [one for one in self.occurrences if one.op not in again]

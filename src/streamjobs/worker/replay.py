@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 from streamjobs import events as ev
 from streamjobs.approvals import Decision, decision_of
-from streamjobs.errors import StreamjobsError, WorkflowChanged
-from streamjobs.events import Event
+from streamjobs.errors import WorkflowChanged
 from streamjobs.worker.history import History, Occurrence, OpKey
 
 _HOPS = 3
@@ -38,7 +37,15 @@ class Wait(NamedTuple):
     reason: str
     until: int = 0
     delay_ms: int = 0
-    by_timer: bool = False
+    is_timer: bool = False
+
+
+class Decided(NamedTuple):
+    """An answer to a request for approval, and where the log has it."""
+
+    seq: int
+    op: OpKey
+    decision: Decision
 
 
 class Replay:
@@ -49,7 +56,7 @@ class Replay:
         self.active = 0
         self.resting = 0
         self.waits: dict[int, Wait] = {}
-        self.approvals: dict[str, asyncio.Future[Decision]] = {}
+        self.approvals: dict[str, asyncio.Future[Decided]] = {}
         self._on_idle = on_idle
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
@@ -79,6 +86,10 @@ class Replay:
     def is_known(self, op: OpKey) -> bool:
         """Whether the log has the beginning, or the outcome, of this operation."""
         return op in self._begun or op in self._outcomes
+
+    def has_outcome(self, op: OpKey) -> bool:
+        """Whether the log has what came of this operation."""
+        return op in self._outcomes
 
     def begin(self, op: OpKey) -> asyncio.Future[Occurrence]:
         """Ask for an operation; the future becomes its outcome. The same one may be asked for again."""
@@ -200,20 +211,20 @@ class Replay:
         """A signal that was read too late by who read it."""
         self._mail.setdefault(occurrence.op[1], deque()).appendleft(occurrence)
 
-    def ask_for_decision(self, key: str) -> asyncio.Future[Decision]:
+    def ask_for_decision(self, key: str) -> asyncio.Future[Decided]:
         """The answer to an approval that was requested under `key`."""
         self.activity += 1
-        future: asyncio.Future[Decision] = self._loop.create_future()
+        future: asyncio.Future[Decided] = self._loop.create_future()
         self.approvals[key] = future
         for name in ("approval", "approve", "deny"):
             mail = self._mail.get(name, deque())
             for occurrence in tuple(mail):
-                if not future.done() and self._decide(occurrence.event):
+                if not future.done() and self._decide(occurrence):
                     mail.remove(occurrence)
         return future
 
     def _deliver(self, name: str, occurrence: Occurrence) -> None:
-        if self._decide(occurrence.event):
+        if self._decide(occurrence):
             return
         readers = self._readers.get(name)
         while readers:
@@ -223,8 +234,9 @@ class Replay:
                 return
         self._mail.setdefault(name, deque()).append(occurrence)
 
-    def _decide(self, event: Event) -> bool:
+    def _decide(self, occurrence: Occurrence) -> bool:
         """Whether a signal answers an approval that waits: the one it names, or the oldest."""
+        event = occurrence.event
         decision = decision_of(event) if isinstance(event, ev.SignalReceived) else None
         if decision is None:
             return False
@@ -232,23 +244,23 @@ class Replay:
         key = decision.key or next(iter(open_keys), "")
         if key not in open_keys:
             return False
-        self.approvals[key].set_result(decision)
+        self.approvals[key].set_result(Decided(occurrence.seq, ("approval", key), decision))
         return True
 
     # --- waiting and parking
 
-    async def wait(self, future: asyncio.Future[Any], wait: Wait) -> Any:
-        """Await what only the outside, or time, can bring: meanwhile the job may be parked."""
-        if future.done():
-            return future.result()
+    async def wait(self, wait: Wait, *futures: asyncio.Future[Any]) -> Any:
+        """Await the first of what only the outside, or time, can bring: meanwhile the job may be parked."""
         number = self._next_wait = self._next_wait + 1
         self.waits[number] = wait
         self.nudge()
         try:
-            return await future
+            done, _ = await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.activity += 1
             del self.waits[number]
+        results = [future.result() for future in done]
+        return results[0] if len(results) == 1 else min(results)
 
     async def rest(self) -> None:
         """Wait for good: the job is to be handed back once nothing else runs."""
@@ -300,9 +312,3 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
         future.exception()  # nobody may be looking any more
-
-
-class Parked(StreamjobsError):  # noqa: N818 - named after what happened, as all of ours
-    """The run is over because its job was parked."""
-
-    code = "parked"

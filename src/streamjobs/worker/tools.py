@@ -16,7 +16,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -27,6 +27,7 @@ from streamjobs.events import UNENCODABLE, ErrorInfo, Json, clean_text, encode_j
 from streamjobs.inputs import MAX_DEPTH, bounded, decode_shallow, is_too_deep
 from streamjobs.tool import Tool, ToolContext
 from streamjobs.worker.calls import Raised, Returned, TimedOut, call
+from streamjobs.worker.values import encode_clean
 
 MARKER_BYTES = 64
 """Room for the words that end a cut output."""
@@ -102,7 +103,7 @@ def _keywords(tool: Tool, arguments: str | Json) -> dict[str, Any]:
 
 def _encoded_arguments(arguments: Json) -> bytes:
     try:
-        return _encoded(arguments)
+        return encode_clean(arguments)
     except UNENCODABLE as error:
         raise Invalid(bounded(f"not JSON: {error}")) from error
 
@@ -139,10 +140,10 @@ async def _run(function: Callable[[], Any], is_async: bool, limit: int, timeout:
     """Run a tool; its output is encoded where it runs: a large one does not hold up the event loop."""
 
     async def produce() -> ToolOutcome:
-        return _completed(await function(), limit)
+        return outcome_of(await function(), limit)
 
     def produce_in_thread() -> ToolOutcome:
-        return _completed(function(), limit)
+        return outcome_of(function(), limit)
 
     match await call(produce if is_async else produce_in_thread, is_async=is_async, timeout=timeout):
         case Returned(outcome):
@@ -176,7 +177,7 @@ def _timed_out(timeout: float, why: str) -> ToolOutcome:
     return _failed("tool_timeout", f"the tool did not answer within {timeout:g} s{why}", retryable=True)
 
 
-def _completed(value: object, limit: int) -> ToolOutcome:
+def outcome_of(value: object, limit: int) -> ToolOutcome:
     """An output as its JSON decodes, cut to `limit` bytes."""
     if inspect.iscoroutine(value):
         value.close()
@@ -184,7 +185,7 @@ def _completed(value: object, limit: int) -> ToolOutcome:
             "tool_output", "the tool returned a coroutine: what decorates it must be async as well"
         )
     try:
-        encoded = _encoded(value)
+        encoded = encode_clean(value)
         output = msgspec.json.decode(encoded)
         if is_too_deep(output):
             raise RecursionError
@@ -197,26 +198,6 @@ def _completed(value: object, limit: int) -> ToolOutcome:
     if isinstance(output, str):
         return ToolOutcome(_cut(output.encode(), limit) or output)
     return ToolOutcome(_cut(encoded, limit) or output)
-
-
-def _encoded(value: object) -> bytes:
-    """The JSON of a value (NaN and infinity are null), without lone surrogates and NULs."""
-    try:
-        encoded = encode_json(value)
-    except UnicodeEncodeError:
-        return encode_json(_cleaned(msgspec.to_builtins(value, str_keys=True)))
-    return encode_json(_cleaned(msgspec.json.decode(encoded))) if b"\\u0000" in encoded else encoded
-
-
-def _cleaned(value: Json) -> Json:
-    if isinstance(value, str):
-        return clean_text(value)
-    if isinstance(value, list | tuple):
-        return [_cleaned(one) for one in cast("list[Json]", value)]
-    if isinstance(value, dict):
-        items = cast("dict[str, Json]", value).items()
-        return {clean_text(name): _cleaned(one) for name, one in items}
-    return value
 
 
 def _cut(text: bytes, limit: int) -> str:

@@ -1,0 +1,141 @@
+"""What a workflow waits for.
+
+Time, signals, approvals. Each survives the worker; a long wait gives its slot up.
+
+Rule 1: a wait that has a timeout is in the log before it waits (`timer.set`), so that a replay can tell which
+came first, the signal or the end of the time.
+Rule 2: time is the store's: its sweep fires the timers, also of jobs that run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from streamjobs import events as ev
+from streamjobs.approvals import Decision
+from streamjobs.errors import WaitTimeout
+from streamjobs.events import Json
+from streamjobs.faults import fault
+from streamjobs.worker.history import Occurrence
+from streamjobs.worker.replay import Wait
+
+if TYPE_CHECKING:
+    from streamjobs.worker.context import Context
+
+_POLL = 0.25
+
+
+async def pause(ctx: Context, key: str, seconds: float) -> None:
+    """Wait for `seconds`: a short while in memory, a longer one, or one that is recorded, by a timer."""
+    if seconds > ctx.settings.park_after or ctx.replay.is_known(("timer", key)):
+        timer, wait = await begin_timer(ctx, key, seconds)
+        await ctx.replay.wait(wait, timer)
+    elif not ctx.replay.is_replaying:
+        with ctx.replay.working():
+            await asyncio.sleep(seconds)
+
+
+async def begin_timer(ctx: Context, key: str, seconds: float) -> tuple[asyncio.Future[Occurrence], Wait]:
+    """Set a timer, unless the log has it; the future becomes its firing."""
+    op = ("timer", key)
+    is_known = ctx.replay.is_known(op)
+    fired = ctx.replay.begin(op)
+    known = ctx.history.timers.get(key)
+    if is_known and known is not None:
+        return fired, Wait("timer", until=known.ts + known.delay_ms, is_timer=True)
+    await ctx.begin_new()
+    event = ev.TimerSet(ts=ctx.clock.now_ms(), key=key, delay_ms=max(0, round(seconds * 1000)))
+    ctx.journal.set_timer(key, event.delay_ms)
+    ctx.journal.emit(event)
+    fault("after_timer_set")
+    return fired, Wait("timer", until=event.ts + event.delay_ms, is_timer=True)
+
+
+async def wait_for(ctx: Context, name: str, key: str, timeout: float | None) -> Json:
+    """The payload of the next signal of that name that nobody read. Raises `WaitTimeout`."""
+    reason = f"signal:{name}"
+    if timeout is None:
+        letter: Occurrence = await ctx.replay.wait(Wait(reason), ctx.replay.read(name))
+        return _payload(letter)
+    timer, wait = await begin_timer(ctx, key, timeout)
+    reader = ctx.replay.read(name)
+    first = await ctx.replay.wait(wait._replace(reason=reason, is_timer=False), reader, timer)
+    if first.op[0] == "timer":
+        if reader.done():
+            ctx.replay.put_back(reader.result())
+        reader.cancel()
+        raise WaitTimeout(f"no signal {name!r} came within {timeout:g} s")
+    _clear(ctx, key, timer)
+    return _payload(first)
+
+
+async def approve(
+    ctx: Context,
+    key: str,
+    *,
+    subject: str,
+    message: str,
+    detail: Json = None,
+    timeout: float | None = None,
+) -> Decision:
+    """Ask a person, and wait for the answer. Raises `WaitTimeout`."""
+    op = ("approval", key)
+    is_known = ctx.replay.is_known(op)
+    ctx.replay.begin(op)
+    if not is_known:
+        await ctx.begin_new()
+        ctx.journal.emit(
+            ev.ApprovalRequested(
+                ts=ctx.clock.now_ms(),
+                key=key,
+                subject=subject,
+                message=message,
+                detail=detail,
+                timeout_ms=round((timeout or 0) * 1000),
+            )
+        )
+        fault("after_approval_requested")
+    decision = ctx.replay.ask_for_decision(key)
+    reason = f"approval:{key}"
+    if timeout is None:
+        return (await ctx.replay.wait(Wait(reason), decision)).decision
+    timer, wait = await begin_timer(ctx, reason, timeout)
+    first = await ctx.replay.wait(wait._replace(reason=reason, is_timer=False), decision, timer)
+    if first.op[0] == "timer":
+        decision.cancel()
+        raise WaitTimeout(f"nobody approved or denied {message!r} within {timeout:g} s")
+    _clear(ctx, reason, timer)
+    return first.decision
+
+
+async def wait_while(ctx: Context, is_so: Callable[[], bool], reason: str, delay: float) -> None:
+    """Wait until something of the worker's own is no longer so; parked, ask again after `delay` seconds."""
+    if not is_so():
+        return
+    over: asyncio.Future[None] = ctx.loop.create_future()
+
+    def look() -> None:
+        if over.done():
+            return
+        if is_so():
+            ctx.loop.call_later(_POLL, look)
+        else:
+            over.set_result(None)
+
+    ctx.loop.call_later(_POLL, look)
+    wait = Wait(reason, until=ctx.clock.now_ms() + round(delay * 1000), delay_ms=round(delay * 1000))
+    await ctx.replay.wait(wait, over)
+
+
+def _clear(ctx: Context, key: str, timer: asyncio.Future[Any]) -> None:
+    """The timeout of a wait that was answered need not wake anybody."""
+    if not timer.done():
+        ctx.journal.set_timer(key, -1)
+
+
+def _payload(letter: Occurrence) -> Json:
+    event = letter.event
+    assert isinstance(event, ev.SignalReceived)
+    return event.payload
