@@ -178,8 +178,8 @@ class Job:
 
     @property
     def held_list(self) -> str:
-        key = f"|{self.ckey}" if self.held == "concurrency_key" else ""
-        return f"{self.queue}|{self.owner}{key}"
+        why = {"concurrency_key": f"|{self.ckey}", "struck": f"|kind:{self.kind}"}.get(self.held, "")
+        return f"{self.queue}|{self.owner}{why}"
 
     def due(self, lease: int) -> int | None:
         """The earliest instant at which time does something to it.
@@ -204,6 +204,7 @@ class Model:
         self.looked_at: dict[str, int] = {}
         self.records: dict[str, Record] = {}
         self.filed: dict[str, Filed] = {}
+        self.strikes: dict[str, bytes] = {}
         self.buckets: dict[str, tuple[float, int]] = {}
         self.last_sweep: int | None = None
         self.grace = 0
@@ -344,6 +345,8 @@ class Model:
 
     def obstacle(self, job: Job) -> str:
         """What keeps this job from starting now, if anything."""
+        if f"kind:{job.kind}" in self.strikes:
+            return "struck"
         if self.is_full(job.owner):
             return "owner_limit"
         holder = self.key_holder(job.ckey) if job.ckey else None
@@ -358,7 +361,7 @@ class Model:
     def release(self, name: str) -> bool:
         """Give the first job of a held list that may start its ticket back.
 
-        One whose concurrency key is taken meanwhile waits in that key's list, out of the others' way.
+        One whose concurrency key is taken, or whose kind is struck meanwhile, waits out of the others' way.
         """
         queue, owner = name.split("|")[:2]
         if self.is_full(owner, self.tickets(queue, owner)):
@@ -505,6 +508,8 @@ class Model:
         ]
         taken: list[Job] = []
         for stream in streams:
+            if f"queue:{stream[0]}" in self.strikes:
+                continue
             self.drain(stream, worker, wanted, taken)
         if taken:
             leases = [(job.id, job.epoch) for job in taken]
@@ -663,6 +668,19 @@ class Model:
             return ["limit", "all"]
         self.jobs[job_id].artifacts = artifacts
         return ["ok", size]
+
+    # --- strikes -----------------------------------------------------------------------------------------
+
+    def strike(self, act: str, what: str, fields: dict[str, str]) -> list[Any]:
+        if (what in self.strikes) == (act == "set"):
+            return ["already" if act == "set" else "absent"]
+        verdict = "struck" if act == "set" else "lifted"
+        if act == "set":
+            self.strikes[what] = wire({**fields, "since_ms": self.now})
+        else:
+            del self.strikes[what]
+        self.published.append(("strikes", f"{verdict} {what}".encode()))
+        return [verdict]
 
     # --- token buckets -----------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ SCRIPTS: dict[str, Script] = {
     "submit": Scripts.SUBMIT, "take": Scripts.TAKE, "append": Scripts.APPEND, "always": Scripts.APPEND_ALWAYS,
     "renew": Scripts.RENEW, "wake": Scripts.WAKE, "cancel": Scripts.CANCEL, "signal": Scripts.SIGNAL,
     "pause": Scripts.PAUSE, "resume": Scripts.RESUME, "inspect": Scripts.INSPECT,
-    "artifact": Scripts.ARTIFACT, "permit": Scripts.PERMIT,
+    "artifact": Scripts.ARTIFACT, "permit": Scripts.PERMIT, "strike": Scripts.STRIKE,
 }  # fmt: skip
 
 

@@ -142,6 +142,7 @@ def shared_keys(model: Model) -> dict[str, Any]:
     sweep = {} if model.last_sweep is None else {"last": str(model.last_sweep), "grace": str(model.grace)}
     return work | held | running | {
         "leases": model.leases(), "timers": model.timers(), "held": model.looked_at, "sweep": sweep,
+        "strikes": {what: fields.decode() for what, fields in model.strikes.items()},
         "tickets": tally(f"{job.queue}|{job.owner}" for job in queued), "feed": model.feed,
         "counts": tally(counts) | ({"order": str(model.holds_made)} if model.holds_made else {}),
     }  # fmt: skip

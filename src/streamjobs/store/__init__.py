@@ -17,6 +17,7 @@ from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -38,6 +39,8 @@ __all__ = [
     "Receipt",
     "Renewal",
     "Store",
+    "Strike",
+    "Strikes",
     "Submission",
     "Sweep",
     "Taken",
@@ -64,6 +67,7 @@ class Store:
         self.work = Work(client, scripts, settings)
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
+        self.strikes = Strikes(client, scripts, settings)
         self.workers = Workers(client, settings)
         self.live = Live(self._subscriber)
 

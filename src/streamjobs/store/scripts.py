@@ -117,6 +117,7 @@ class Scripts:
     RESUME: ClassVar = Script("resume", "allow-oom")
     ARTIFACT: ClassVar = Script("artifact")
     PERMIT: ClassVar = Script("permit", "allow-oom")
+    STRIKE: ClassVar = Script("strike", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
