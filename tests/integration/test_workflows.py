@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any
 
 import msgspec
 import pytest
 
-from streamjobs import App, Context, Permanent, Retry
+from streamjobs import App, Context
 from tests.conftest import RedisProcess
-from tests.harness import Lab, lab, one_end, talking, working
+from tests.harness import talking
 
 pytestmark = pytest.mark.timeout(60)
 
