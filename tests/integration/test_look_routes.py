@@ -52,6 +52,17 @@ async def test_a_result_says_where_the_job_is_until_it_ends(served: Served):
     assert served.gateway.hub.channels == 0
 
 
+async def test_a_result_says_what_it_cost(served: Served):
+    """A bill could not be written without folding the log."""
+    script = await served.script()
+    await script.open_turn()
+    await script.write(ev.TurnCompleted(turn=1, usage=ev.Usage(10, 20)))
+    await script.complete()
+    metrics = (await get(served, f"/v1/jobs/{script.id}/result"))["metrics"]
+    assert (metrics["input_tokens"], metrics["output_tokens"], metrics["requests"]) == (10, 20, 1)
+    assert {"tool_calls", "steps", "seconds"} <= set(metrics)
+
+
 async def test_a_result_is_refused_what_it_cannot_do(served: Served):
     """A mistyped wait would answer at once, as if the job were done."""
     script = await served.script()

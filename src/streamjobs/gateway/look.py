@@ -135,6 +135,7 @@ def _line(cursor: Cursor, line: JobLog) -> dict[str, Any]:
 
 
 def _result_of(view: dict[str, Any]) -> dict[str, Any]:
-    """What is of interest once a job is over."""
-    said = {name: view[name] for name in ("id", "kind", "status", "artifacts", "error")}
-    return said | {"output": view["result"]}
+    """What is of interest once a job is over; an output too large for the log is an artifact."""
+    names = ("id", "kind", "status", "summary", "artifacts", "metrics", "error")
+    said = {name: view[name] for name in names}
+    return said | {"output": view["result"], "output_artifact": view["result_artifact"]}
