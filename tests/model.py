@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from streamjobs.store.scripts import Limits
@@ -148,6 +149,8 @@ class Job:
     seen: set[str] = field(default_factory=set)
     artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     ended: int | None = None
+    error: str = ""
+    rerun: str = ""
     expiry: int | None = None
 
     @property
@@ -204,6 +207,7 @@ class Model:
         self.looked_at: dict[str, int] = {}
         self.records: dict[str, Record] = {}
         self.filed: dict[str, Filed] = {}
+        self.dead: dict[str, int] = {}
         self.strikes: dict[str, bytes] = {}
         self.buckets: dict[str, tuple[float, int]] = {}
         self.last_sweep: int | None = None
@@ -391,6 +395,8 @@ class Model:
         self.park(job, TERMINAL[kind])
         job.timers, job.deadline, job.start_by, job.pause, job.order = {}, None, None, None, None
         job.ended = self.now
+        if kind == "job.failed":
+            self.bury(job, json.loads(content)["error"]["code"])
         job.expiry = self.now + self.limits.retention
         self.announce(job)
         if job.idem:
@@ -400,6 +406,12 @@ class Model:
         self.tell_parent(job, kind, json.loads(content))
         if was_running or job.ckey:
             self.offer(job, with_key=True)
+
+    def bury(self, job: Job, code: str) -> None:
+        job.error = code
+        self.dead[job.id] = self.now
+        for name in first_of(self.dead, len(self.dead) - self.limits.dead_cap):
+            del self.dead[name]
 
     def finish_failed(self, job: Job, code: str, message: str) -> None:
         error = {"code": code, "message": message, "retryable": False}
@@ -669,6 +681,16 @@ class Model:
         self.jobs[job_id].artifacts = artifacts
         return ["ok", size]
 
+    def run_again(self, job_id: str, new_id: str) -> list[Any]:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return ["gone"]
+        if not job.is_ended:
+            return ["live", job.status]
+        job.rerun = new_id
+        self.dead.pop(job_id, None)
+        return ["ok"]
+
     # --- strikes -----------------------------------------------------------------------------------------
 
     def strike(self, act: str, what: str, fields: dict[str, str]) -> list[Any]:
@@ -713,9 +735,14 @@ class Model:
         changes = [[job_id, self.lose(self.jobs[job_id])] for job_id in (*lost, *frozen)]
         changes += [[job_id, self.ring(self.jobs[job_id])] for job_id in due]
         changes += [[name, self.release_many(name, limit)] for name in first_of(self.looked_at, limit)]
+        for name in takewhile(lambda name: not self.is_failed(name), first_of(self.dead, limit)):
+            del self.dead[name]
         is_more = any(len(some) >= limit for some in (lost, frozen, due))
         next_due = min(self.timers().values(), default=-1)
         return [self.now, next_due, int(is_more), [change for change in changes if change[1]]]
+
+    def is_failed(self, job_id: str) -> bool:
+        return job_id in self.jobs and self.jobs[job_id].status == "failed"
 
     def in_grace(self) -> bool:
         """After an outage, or when the clock stepped back, nobody is declared dead for one lease time."""
@@ -914,4 +941,4 @@ def misplaced(job: Job, batch: Batch, now: int) -> str:
 
 
 def first_of(scores: dict[str, int], limit: int) -> list[str]:
-    return sorted(scores, key=lambda name: (scores[name], name))[:limit]
+    return sorted(scores, key=lambda name: (scores[name], name))[: max(0, limit)]

@@ -82,6 +82,7 @@ class JobQueued(Event, frozen=True, kw_only=True):
     parent: str = ""
     depth: int = 0
     rerun_of: str = ""
+    rerun_by: str = ""
     schedule: str = ""
     start_timeout_ms: int = 0
     input: msgspec.Raw = msgspec.Raw(b"null")

@@ -14,6 +14,7 @@ from tests.contract.commands import (
     Keep,
     Permit,
     Renew,
+    Rerun,
     Row,
     Strike,
     Submission,
@@ -137,6 +138,20 @@ STORIES: dict[str, list[Command]] = {
     "a queue is struck": [
         Submit((Submission(), Submission(slot=1, queue=1))), Strike(what="queue:fast"), Take(),
         Take(queues=("fast",)), Strike("lift", "queue:fast"), Take(),
+    ],
+    "more dead than are listed, and they are forgotten": [
+        *[
+            command
+            for slot in (0, 2, 4)
+            for command in (
+                Submit((Submission(slot=slot), Submission(slot=slot + 1))), Take(),
+                Append((Row(outcome="failed"), Row(lease=1, outcome="failed"))), Advance(90_000),
+            )
+        ],
+        Wake(), Advance(100_000), Wake(1), Advance(200_000), Wake(1), Wake(),
+    ],
+    "run again": [
+        ONE, Take(), Rerun(), Append((Row(outcome="failed"),)), Rerun(), Again(), Rerun(new=2), Rerun(slot=5),
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

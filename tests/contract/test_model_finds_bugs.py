@@ -62,6 +62,25 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "who struck it last is named": Mutation("strike", "'HSETNX'", "'HSET'"),
     "nobody hears of a strike": Mutation("strike", "if verdict == 'struck' or", "if"),
+    "failed jobs are listed without end": Mutation(
+        "common", "redis.call('ZREMRANGEBYRANK', PREFIX .. 'dead', 0, -OPT.dead_cap - 1)", ""
+    ),
+    "the newest failed jobs leave the full list": Mutation(
+        "common", "0, -OPT.dead_cap - 1)", "OPT.dead_cap, -1)"
+    ),
+    "failed jobs that expired stay listed": Mutation("wake", "redis.call('ZREM', PREFIX .. 'dead', id)", ""),
+    "jobs that are there leave the list": Mutation(
+        "wake", "== 'failed' then return end", "== '' then return end"
+    ),
+    "what is run again stays listed": Mutation("rerun", "redis.call('ZREM', PREFIX .. 'dead', id)", ""),
+    "a live job is taken for one that is run again": Mutation(
+        "rerun", "if not ENDED[job.h.status] then", "if false then"
+    ),
+    "a job that is gone comes back as a field": Mutation(
+        "rerun",
+        "if not job then return { 'gone' } end",
+        "if not job then redis.call('HSET', PREFIX .. 'job:' .. id, 'rerun', new) return { 'gone' } end",
+    ),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"

@@ -12,6 +12,7 @@ from streamjobs.errors import ConfigError
 from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
+from streamjobs.store.dead import Dead, DeadFilter, DeadJob
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
@@ -25,6 +26,9 @@ __all__ = [
     "Answer",
     "Artifacts",
     "Batch",
+    "Dead",
+    "DeadFilter",
+    "DeadJob",
     "Entry",
     "JobRecord",
     "Jobs",
@@ -68,6 +72,7 @@ class Store:
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
+        self.dead = Dead(client, settings)
         self.workers = Workers(client, settings)
         self.live = Live(self._subscriber)
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +22,7 @@ from streamjobs.errors import (
     IdempotencyMismatch,
     Invalid,
     JobEnded,
+    JobNotEnded,
     JobNotFound,
     LimitExceeded,
     StreamjobsError,
@@ -28,9 +30,10 @@ from streamjobs.errors import (
     TooManyChildren,
     UnknownQueue,
 )
-from streamjobs.events import UNENCODABLE, JobQueued, Json, encode_event, encode_json
+from streamjobs.events import UNENCODABLE, JobQueued, Json, decode_event, encode_event, encode_json
 from streamjobs.store import keys
-from streamjobs.store.log import stored_cursor
+from streamjobs.store.dead import Dead, DeadFilter
+from streamjobs.store.log import Log, stored_cursor
 from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
@@ -62,6 +65,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes = b""
     job_id: str = ""
     parent: str = ""
+    rerun_of: str = ""
+    rerun_by: str = ""
 
 
 class Receipt(NamedTuple):
@@ -96,6 +101,8 @@ class Jobs:
         self._client: Any = client
         self._scripts = scripts
         self._settings = settings
+        self._log = Log(client, scripts)
+        self._dead = Dead(client, settings)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
@@ -217,6 +224,56 @@ class Jobs:
         """
         return await self._toggle(Scripts.RESUME, job_id, by, reason, key)
 
+    async def rerun(self, job_id: str, *, key: str = "", by: str = "") -> Receipt:
+        """Submit an ended job once more, as a new job; it is nobody's child and starts without delay.
+
+        The same `key` is the same new job; an empty one is random.
+        Raises `JobNotFound`, `JobNotEnded`, and what `submit` raises.
+        """
+        queued = await self._ended(job_id)
+        new_id = keys.rerun_job_id(job_id, key or secrets.token_hex(16))
+        receipt = await self.submit(_again(job_id, queued, new_id, by))
+        await self._scripts.call(Scripts.RERUN, keys.partition_of_job(job_id), job_id, new_id)
+        return receipt
+
+    async def rerun_many(
+        self, where: DeadFilter, *, key: str, by: str = "", limit: int = 1000
+    ) -> list[tuple[str, str]]:
+        """Run failed jobs again, newest first; returns the id of each and of the new job.
+
+        With the same `key` it may be called again after an error: what it has run already, it leaves out.
+        Raises `Invalid` without a key, and what `rerun` raises but for jobs that are gone.
+        """
+        if not key:
+            raise Invalid("key: at least one character")
+        done: list[tuple[str, str]] = []
+        before = ""
+        while len(done) < limit:
+            jobs, before = await self._dead.page(where, limit=min(limit - len(done), 500), before=before)
+            for job in jobs:
+                with suppress(JobNotFound):
+                    done += await self._rerun_once(job.id, key, by)
+            if not before:
+                break
+        return done
+
+    async def _rerun_once(self, job_id: str, key: str, by: str) -> list[tuple[str, str]]:
+        """Nothing where the job is itself what this key made."""
+        queued = await self._ended(job_id)
+        if queued.rerun_of and keys.rerun_job_id(queued.rerun_of, key) == job_id:
+            return []
+        return [(job_id, (await self.rerun(job_id, key=key, by=by)).job_id)]
+
+    async def _ended(self, job_id: str) -> JobQueued:
+        """How an ended job was submitted."""
+        page = await self._log.page(job_id, limit=1)
+        if page.status not in {"completed", "failed", "cancelled"}:
+            raise JobNotEnded(f"the job is {page.status}")
+        event = decode_event(page.entries[0].type, page.entries[0].data)
+        if not isinstance(event, JobQueued):
+            raise JobNotFound("the job's log has no beginning")
+        return event
+
     async def _toggle(self, script: Any, job_id: str, by: str, reason: str, key: str) -> str:
         answer = await self._act(script, job_id, key or secrets.token_hex(8), _fields(by=by, reason=reason))
         if answer[0] != "already":
@@ -248,7 +305,29 @@ def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
         max_attempts=sub.max_attempts,
         concurrency_key=sub.concurrency_key,
         parent=sub.parent,
+        rerun_of=sub.rerun_of,
+        rerun_by=sub.rerun_by,
         input=msgspec.Raw(_one_line_json(sub.input)),
+    )
+
+
+def _again(job_id: str, queued: JobQueued, new_id: str, by: str) -> Submission:
+    return Submission(
+        kind=queued.kind,
+        owner=queued.owner,
+        input=bytes(queued.input),
+        queue=queued.queue,
+        priority=queued.priority,
+        thread_id=queued.thread_id,
+        message_id=queued.message_id,
+        metadata=queued.metadata,
+        timeout=queued.timeout_ms / 1000,
+        start_timeout=queued.start_timeout_ms / 1000,
+        max_attempts=queued.max_attempts,
+        concurrency_key=queued.concurrency_key,
+        job_id=new_id,
+        rerun_of=job_id,
+        rerun_by=by,
     )
 
 

@@ -18,7 +18,7 @@ from streamjobs.errors import JobNotFound
 
 Lifetime = Literal["job", "live", "ttl", "capped", "forever"]
 """job: expires when its job's retention ends · live: gone when empty · ttl: always has an expiry ·
-capped: a bounded stream · forever: one a store"""
+capped: bounded by a cap · forever: one a store"""
 
 
 class Key(NamedTuple):
@@ -57,6 +57,7 @@ KEYS: tuple[Key, ...] = (
         "held jobs of one queue and owner (and concurrency key, or struck kind), in order",
     ),
     _key("strikes", "hash", "live", "queues, kinds and tools that an operator has stopped"),
+    _key("dead", "zset", "capped", "failed jobs that nobody has run again, by their end"),
     _key("running:<any>", "set", "live", "an owner's running jobs"),
     _key("tickets", "hash", "live", "tickets for each queue and owner"),
     _key("counts", "hash", "forever", "waiting, held, running for each queue"),
@@ -83,6 +84,8 @@ FIELDS: dict[str, str] = {
     "status": "where it is",
     "created": "ms; also the epoch half of its first event's id",
     "ended": "ms",
+    "error": "code of what it failed with",
+    "rerun": "the newest job that runs it again",
     "seq": "of its last event",
     "last": "id of its last event",
     "bytes": "of all event contents",
@@ -167,6 +170,14 @@ def child_job_id(parent_id: str, key: str) -> str:
     """The id of a parent's child: the same for the same key, so that spawning again finds it."""
     digest = hashlib.blake2b(f"{parent_id}\0{key}".encode(), digest_size=16).digest()
     return _format_id(partition_of_job(parent_id), digest)
+
+
+def rerun_job_id(job_id: str, key: str) -> str:
+    """The id of the job that runs another one again: the same for the same key."""
+    digest = hashlib.blake2b(
+        f"{job_id}\0{key}".encode(errors="surrogatepass"), digest_size=16, person=b"rerun"
+    )
+    return _format_id(partition_of_job(job_id), digest.digest())
 
 
 def _format_id(partition: int, random: bytes) -> str:

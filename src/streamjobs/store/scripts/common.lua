@@ -371,10 +371,18 @@ local function tell_parent(job, event, content)
   save(parent)
 end
 
+-- The dead list names failed jobs by their end; the oldest leave it where it is full
+local function bury(job, content)
+  put(job, 'error', string.match(content, '"error":{"code":"([^"]*)"') or 'unknown')
+  redis.call('ZADD', PREFIX .. 'dead', NOW, job.id)
+  redis.call('ZREMRANGEBYRANK', PREFIX .. 'dead', 0, -OPT.dead_cap - 1)
+end
+
 -- Writes the terminal event and lets go of everything; every key of the job gets the same expiry.
 local function finish(job, epoch, event, content)
   emit(job, epoch, event, content)
   park(job, TERMINAL[event])
+  if event == 'job.failed' then bury(job, content) end
   for _, field in ipairs({ 'timers', 'deadline', 'start_by', 'pause', 'order' }) do
     if job.h[field] then put(job, field, nil) end
   end
