@@ -1,8 +1,9 @@
-"""Act on a live job: cancel, signal, approve, pause, resume.
+"""Act on a job: cancel, signal, approve, pause, resume, run again.
 
 Rule 1: each may be sent again: cancel by its nature, the others with a key (a signal's own `key`, the
-`Idempotency-Key` of pause and resume). A repeat does nothing and says so.
-Rule 2: a job that has ended takes nothing more: 409 `job_ended`, and `job_status` says how it ended.
+`Idempotency-Key` of the rest). A repeat does nothing and says so.
+Rule 2: a job that has ended takes nothing more: 409 `job_ended`, and `job_status` says how it ended. Only
+then it may be run again, as another job.
 Rule 3: in the log a decision has one form, whatever form was sent; what decides nothing is refused here,
 where somebody can still correct it.
 """
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from streamjobs.approvals import canonical
 from streamjobs.config import Settings
 from streamjobs.events import Json
-from streamjobs.gateway.answers import answer, links
+from streamjobs.gateway.answers import accepted, answer, links
 from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.requests import Label, Reason, idempotency_key, owner_of
 from streamjobs.store import Store
@@ -54,6 +55,7 @@ class ActRoutes:
             Route(f"{job}/signal", self.signal, methods=["POST"]),
             Route(f"{job}/pause", self.pause, methods=["POST"]),
             Route(f"{job}/resume", self.resume, methods=["POST"]),
+            Route(f"{job}/rerun", self.rerun, methods=["POST"]),
         ]
 
     async def cancel(self, request: Request) -> Response:
@@ -90,6 +92,16 @@ class ActRoutes:
         is_repeated = status == "dup"
         status = "resumed" if is_repeated else status
         return answer({"id": job_id, "status": status, "repeated": is_repeated, "links": links(job_id)})
+
+    async def rerun(self, request: Request) -> Response:
+        """Submit an ended job again, as a new one: 202 as for a submission, and `rerun_of`."""
+        job_id: str = request.path_params["id"]
+        receipt = await self._store.jobs.rerun(job_id, key=idempotency_key(request), by=owner_of(request))
+        headers = {"Location": f"/v1/jobs/{receipt.job_id}"}
+        if receipt.repeated:
+            headers["Idempotent-Replayed"] = "true"
+        made = await self._store.jobs.get(receipt.job_id)
+        return accepted(made.job_id, made.kind, made.status, made.last, headers, rerun_of=job_id)
 
     async def _reason(self, request: Request) -> str:
         body = await self._body(request)

@@ -52,7 +52,7 @@ class Gateway:
             Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
             *ActRoutes(store, settings).routes(),
             *CatalogRoutes(registry).routes(),
-            *OperateRoutes(store).routes(),
+            *OperateRoutes(store, settings).routes(),
         ]
         self.ops: ASGIApp = routed(probes)
         self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)])
