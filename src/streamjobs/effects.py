@@ -23,7 +23,7 @@ class Effect(msgspec.Struct, kw_only=True):
     """One tool call or step.
 
     kind: tool, step. effect: pure, idempotent, once, or empty before it was started. state: intent, started,
-    confirmed, failed, unknown. approval: pending, approved, denied, or empty where nobody is asked.
+    confirmed, failed, unknown. approval: pending, approved, denied, expired, or empty where nobody is asked.
     `started_ms` is the first attempt's start, `ms` the last one's duration, `workers` who ran each attempt.
     """
 
@@ -169,14 +169,22 @@ class Ledger:
     # --- approvals
 
     def _asked(self, event: ev.ApprovalRequested) -> None:
-        """Somebody is asked about a call or a step, or about nothing that has a row."""
-        row = self._row(event.subject, event.key, event.ts) if event.subject in {"tool", "step"} else None
+        """Somebody is asked: before a call or step, whether to run one of unknown outcome again, or else."""
+        row = self._subject(event)
         if row is not None:
-            row.state, row.approval = "intent", "pending"
+            row.approval = "pending"
         self._pending[event.key] = row
         for decision in list(self._unread):
             if event.key in self._pending and self._decide(decision):
                 self._unread.remove(decision)
+
+    def _subject(self, event: ev.ApprovalRequested) -> Effect | None:
+        if event.subject in {"tool", "step"}:
+            return self._row(event.subject, event.key, event.ts)
+        if event.subject == "recovery":
+            key = event.key.removesuffix(":again")
+            return self._latest.get(("tool", key)) or self._latest.get(("step", key))
+        return None
 
     def _signalled(self, event: ev.SignalReceived) -> None:
         decision = decision_of(event)
@@ -192,6 +200,12 @@ class Ledger:
         if row is not None:
             row.approval = "approved" if decision.approved else "denied"
         return True
+
+    def _fired(self, event: ev.TimerFired) -> None:
+        kind, _, key = event.key.partition(":")
+        row = self._pending.pop(key, None) if kind == "approval" else None
+        if row is not None:
+            row.approval = "expired"
 
     _FOLDS: ClassVar[dict[type[Event], Callable[[Ledger, Any], None]]] = {
         ev.JobStarted: _taken,
@@ -215,6 +229,7 @@ class Ledger:
         ev.StepUnknown: _step_unknown,
         ev.ApprovalRequested: _asked,
         ev.SignalReceived: _signalled,
+        ev.TimerFired: _fired,
     }
 
 

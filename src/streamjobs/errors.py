@@ -110,9 +110,13 @@ class ArtifactNotFound(JobNotFound):
 
 
 class JobEnded(StreamjobsError):
-    """The job has ended; what was asked for needs a live one."""
+    """The job has ended, as `state` says; what was asked for needs a live one."""
 
     code, http_status = "job_ended", 409
+
+    def __init__(self, message: str, *, state: str = "") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class JobNotEnded(StreamjobsError):

@@ -205,6 +205,25 @@ def test_a_request_that_is_about_no_effect_takes_its_decision():
     assert row.approval == "pending"
 
 
+def test_nobody_answered_in_time():
+    """A request that is over would wait in the ledger for ever, and take the answer to the next one."""
+    other = ev.ToolCalled(ts=13, call_id="c2", tool="send", turn=1)
+    second = ev.ApprovalRequested(ts=14, key="c2", subject="tool")
+    expired = ev.TimerFired(key="approval:c1")
+    rows = ledger(CALLED, ASKED, other, second, ev.TimerFired(key="sleep:1"), expired, decided("approve"))
+    assert [row.approval for row in rows] == ["expired", "approved"]
+
+
+@pytest.mark.parametrize(("begun", "key"), [([CALLED, STARTED], "c1:again"), ([STEP], "pay:0f:again")])
+def test_whether_to_run_an_unknown_one_again_is_asked_about_its_row(begun: list[Event], key: str):
+    """A payment of unknown outcome waits for a person, and the ledger does not say so."""
+    question = ev.ApprovalRequested(key=key, subject="recovery", message="again?")
+    row = only(*begun, LOST, on("w2"), question)
+    assert (row.state, row.approval) == ("unknown", "pending")
+    row = only(*begun, LOST, on("w2"), question, decided("deny", key))
+    assert (row.state, row.approval) == ("unknown", "denied")
+
+
 def test_what_ended_is_not_asked_about_any_more():
     """A request ran out of time; the next yes, meant for something else, would be booked on it."""
     expired = ev.ToolFailed(ts=12, call_id="c1", error=ErrorInfo("denied", "nobody answered"))

@@ -1,8 +1,9 @@
-"""Act on a live job: cancel, signal, approve, pause, resume.
+"""Act on a job: cancel, signal, approve, pause, resume, run again.
 
 Rule 1: each may be sent again: cancel by its nature, the others with a key (a signal's own `key`, the
-`Idempotency-Key` of pause and resume). A repeat does nothing and says so.
-Rule 2: a job that has ended takes nothing more: 409 `job_ended`, and `job_status` says how it ended.
+`Idempotency-Key` of the rest). A repeat does nothing and says so.
+Rule 2: a job that has ended takes nothing more: 409 `job_ended`, and `job_status` says how it ended. Only
+then it may be run again, as another job.
 Rule 3: in the log a decision has one form, whatever form was sent; what decides nothing is refused here,
 where somebody can still correct it.
 """
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from streamjobs.approvals import canonical
 from streamjobs.config import Settings
 from streamjobs.events import Json
-from streamjobs.gateway.answers import answer, links
+from streamjobs.gateway.answers import accepted, answer, links
 from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.requests import Label, Reason, idempotency_key, owner_of
 from streamjobs.store import Store
@@ -54,6 +55,7 @@ class ActRoutes:
             Route(f"{job}/signal", self.signal, methods=["POST"]),
             Route(f"{job}/pause", self.pause, methods=["POST"]),
             Route(f"{job}/resume", self.resume, methods=["POST"]),
+            Route(f"{job}/rerun", self.rerun, methods=["POST"]),
         ]
 
     async def cancel(self, request: Request) -> Response:
@@ -68,13 +70,13 @@ class ActRoutes:
         job_id: str = request.path_params["id"]
         asked = fields_of(decode_body(await self._body(request)), SignalRequest)
         name, payload = canonical(asked.name, asked.payload)
-        is_new = await self._store.jobs.signal(job_id, name, payload, key=asked.key)
+        is_new = await self._store.jobs.signal(job_id, name, payload, key=asked.key, by=owner_of(request))
         return answer({"id": job_id, "signal": name, "repeated": not is_new})
 
     async def pause(self, request: Request) -> Response:
         """Park a job: `paused`, or `requested` where it runs, which ends at its next recorded point."""
         job_id: str = request.path_params["id"]
-        reason, key = await self._reason(request), idempotency_key(request)
+        reason, key = await self._reason(request), _key_of("pause", request)
         status = await self._store.jobs.pause(job_id, by=owner_of(request), reason=reason, key=key)
         is_repeated = status == "dup"
         if is_repeated:
@@ -85,11 +87,21 @@ class ActRoutes:
     async def resume(self, request: Request) -> Response:
         """Let a paused job go on: `resumed`, or the status of one that is not paused."""
         job_id: str = request.path_params["id"]
-        reason, key = await self._reason(request), idempotency_key(request)
+        reason, key = await self._reason(request), _key_of("resume", request)
         status = await self._store.jobs.resume(job_id, by=owner_of(request), reason=reason, key=key)
         is_repeated = status == "dup"
         status = "resumed" if is_repeated else status
         return answer({"id": job_id, "status": status, "repeated": is_repeated, "links": links(job_id)})
+
+    async def rerun(self, request: Request) -> Response:
+        """Submit an ended job again, as a new one: 202 as for a submission, and `rerun_of`."""
+        job_id: str = request.path_params["id"]
+        receipt = await self._store.jobs.rerun(job_id, key=idempotency_key(request), by=owner_of(request))
+        headers = {"Location": f"/v1/jobs/{receipt.job_id}"}
+        if receipt.repeated:
+            headers["Idempotent-Replayed"] = "true"
+        made = await self._store.jobs.get(receipt.job_id)
+        return accepted(made.job_id, made.kind, made.status, made.last, headers, rerun_of=job_id)
 
     async def _reason(self, request: Request) -> str:
         body = await self._body(request)
@@ -97,3 +109,12 @@ class ActRoutes:
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.scope, request.receive, self._settings.max_body)
+
+
+def _key_of(act: str, request: Request) -> str:
+    """The request's key in a space of its own: a job keeps the keys of all acts together.
+
+    No signal's key holds a control character.
+    """
+    key = idempotency_key(request)
+    return f"{act}\x1f{key}" if key else ""

@@ -54,7 +54,7 @@ class Gateway:
             *ActRoutes(store, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
             *CatalogRoutes(registry).routes(),
-            *OperateRoutes(store).routes(),
+            *OperateRoutes(store, settings).routes(),
         ]
         self.ops: ASGIApp = routed(probes)
         self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)])

@@ -50,6 +50,7 @@ class LookRoutes:
             Route(f"{job}/result", self.result, methods=["GET"]),
             Route(f"{job}/log", self.log, methods=["GET"]),
             Route(f"{job}/effects", self.effects, methods=["GET"]),
+            Route(f"{job}/artifacts/{{name}}", self.artifact, methods=["GET"]),
         ]
 
     async def view(self, request: Request) -> Response:
@@ -98,6 +99,18 @@ class LookRoutes:
                     ledger.apply(decode_event(entry.type, entry.data))
         return answer({"job": job_id, "effects": ledger.effects(), "cursor": str(cursor)})
 
+    async def artifact(self, request: Request) -> Response:
+        """Give something away that the job made, as it is."""
+        name: str = request.path_params["name"]
+        media_type, content = await self._store.artifacts.get(request.path_params["id"], name)
+        headers = {
+            "Content-Type": media_type,
+            "Content-Disposition": f'attachment; filename="{name}"',
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "Cache-Control": "no-cache",
+        }
+        return Response(content, headers=headers)
+
     async def _waited(self, request: Request, record: JobRecord) -> JobRecord:
         """The job's head after `?wait=N` for its end, or with `&after=` until that is not the last event."""
         query = request.query_params
@@ -122,6 +135,7 @@ def _line(cursor: Cursor, line: JobLog) -> dict[str, Any]:
 
 
 def _result_of(view: dict[str, Any]) -> dict[str, Any]:
-    """What is of interest once a job is over."""
-    said = {name: view[name] for name in ("id", "kind", "status", "artifacts", "error")}
-    return said | {"output": view["result"]}
+    """What is of interest once a job is over; an output too large for the log is an artifact."""
+    names = ("id", "kind", "status", "summary", "artifacts", "metrics", "error")
+    said = {name: view[name] for name in names}
+    return said | {"output": view["result"], "output_artifact": view["result_artifact"]}

@@ -232,7 +232,7 @@ class Jobs:
         """
         answer = await self._act(Scripts.CANCEL, job_id, _fields(by=by, reason=reason))
         if answer[0] == "already" and answer[1] != "cancelled":
-            raise JobEnded(f"the job has already {answer[1]}")
+            raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         return "requested" if answer[0] == "requested" else "cancelled"
 
     async def signal(
@@ -246,7 +246,7 @@ class Jobs:
         fields: dict[str, Json] = {"name": name, "payload": payload, "key": key} | ({"by": by} if by else {})
         answer = await self._act(Scripts.SIGNAL, job_id, key, _fields(**fields))
         if answer[0] == "already":
-            raise JobEnded(f"the job has already {answer[1]}")
+            raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         if answer[0] == "limit":
             raise LimitExceeded("the job's log is full")
         return answer[0] == "ok"
@@ -320,7 +320,7 @@ class Jobs:
         if answer[0] != "already":
             return answer[0]
         if answer[1] in {"completed", "failed", "cancelled"}:
-            raise JobEnded(f"the job has already {answer[1]}")
+            raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         return answer[1]
 
     async def _act(self, script: Any, job_id: str, *arguments: str | bytes) -> list[str]:
