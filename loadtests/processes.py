@@ -60,9 +60,17 @@ class Child:
         if code != 0:
             raise RunError(f"{self.name} exited with {code}: {self.tail()}")
 
+    def freeze(self) -> None:
+        """Stop the whole session in its tracks, until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """End the whole session: asked first, killed after three seconds."""
         self._signal(signal.SIGTERM)
+        self.thaw()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT)
         self._signal(signal.SIGKILL)

@@ -78,6 +78,10 @@ def events_key(job_id: str) -> str:
     return f"sj:{{0}}:job:{job_id}:events"
 
 
+def hash_key(job_id: str) -> str:
+    return f"sj:{{0}}:job:{job_id}"
+
+
 def live_channel(job_id: str) -> str:
     return f"sj:{{0}}:live:{job_id}"
 
