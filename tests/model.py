@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from streamjobs.store.scripts import Limits
@@ -148,6 +149,7 @@ class Job:
     seen: set[str] = field(default_factory=set)
     artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     ended: int | None = None
+    error: str = ""
     expiry: int | None = None
 
     @property
@@ -178,8 +180,8 @@ class Job:
 
     @property
     def held_list(self) -> str:
-        key = f"|{self.ckey}" if self.held == "concurrency_key" else ""
-        return f"{self.queue}|{self.owner}{key}"
+        why = {"concurrency_key": f"|{self.ckey}", "struck": f"|kind:{self.kind}"}.get(self.held, "")
+        return f"{self.queue}|{self.owner}{why}"
 
     def due(self, lease: int) -> int | None:
         """The earliest instant at which time does something to it.
@@ -204,6 +206,8 @@ class Model:
         self.looked_at: dict[str, int] = {}
         self.records: dict[str, Record] = {}
         self.filed: dict[str, Filed] = {}
+        self.dead: dict[str, int] = {}
+        self.strikes: dict[str, bytes] = {}
         self.buckets: dict[str, tuple[float, int]] = {}
         self.last_sweep: int | None = None
         self.grace = 0
@@ -344,6 +348,8 @@ class Model:
 
     def obstacle(self, job: Job) -> str:
         """What keeps this job from starting now, if anything."""
+        if f"kind:{job.kind}" in self.strikes:
+            return "struck"
         if self.is_full(job.owner):
             return "owner_limit"
         holder = self.key_holder(job.ckey) if job.ckey else None
@@ -358,7 +364,7 @@ class Model:
     def release(self, name: str) -> bool:
         """Give the first job of a held list that may start its ticket back.
 
-        One whose concurrency key is taken meanwhile waits in that key's list, out of the others' way.
+        One whose concurrency key is taken, or whose kind is struck meanwhile, waits out of the others' way.
         """
         queue, owner = name.split("|")[:2]
         if self.is_full(owner, self.tickets(queue, owner)):
@@ -388,6 +394,8 @@ class Model:
         self.park(job, TERMINAL[kind])
         job.timers, job.deadline, job.start_by, job.pause, job.order = {}, None, None, None, None
         job.ended = self.now
+        if kind == "job.failed":
+            self.bury(job, json.loads(content)["error"]["code"])
         job.expiry = self.now + self.limits.retention
         self.announce(job)
         if job.idem:
@@ -397,6 +405,12 @@ class Model:
         self.tell_parent(job, kind, json.loads(content))
         if was_running or job.ckey:
             self.offer(job, with_key=True)
+
+    def bury(self, job: Job, code: str) -> None:
+        job.error = code
+        self.dead[job.id] = self.now
+        for name in first_of(self.dead, len(self.dead) - self.limits.dead_cap):
+            del self.dead[name]
 
     def finish_failed(self, job: Job, code: str, message: str) -> None:
         error = {"code": code, "message": message, "retryable": False}
@@ -505,6 +519,8 @@ class Model:
         ]
         taken: list[Job] = []
         for stream in streams:
+            if f"queue:{stream[0]}" in self.strikes:
+                continue
             self.drain(stream, worker, wanted, taken)
         if taken:
             leases = [(job.id, job.epoch) for job in taken]
@@ -664,6 +680,19 @@ class Model:
         self.jobs[job_id].artifacts = artifacts
         return ["ok", size]
 
+    # --- strikes -----------------------------------------------------------------------------------------
+
+    def strike(self, act: str, what: str, fields: dict[str, str]) -> list[Any]:
+        if (what in self.strikes) == (act == "set"):
+            return ["already" if act == "set" else "absent"]
+        verdict = "struck" if act == "set" else "lifted"
+        if act == "set":
+            self.strikes[what] = wire({**fields, "since_ms": self.now})
+        else:
+            del self.strikes[what]
+        self.published.append(("strikes", f"{verdict} {what}".encode()))
+        return [verdict]
+
     # --- token buckets -----------------------------------------------------------------------------------
 
     def token_in(self, name: str, period: float, burst: int) -> float:
@@ -695,9 +724,14 @@ class Model:
         changes = [[job_id, self.lose(self.jobs[job_id])] for job_id in (*lost, *frozen)]
         changes += [[job_id, self.ring(self.jobs[job_id])] for job_id in due]
         changes += [[name, self.release_many(name, limit)] for name in first_of(self.looked_at, limit)]
+        for name in takewhile(lambda name: not self.is_failed(name), first_of(self.dead, limit)):
+            del self.dead[name]
         is_more = any(len(some) >= limit for some in (lost, frozen, due))
         next_due = min(self.timers().values(), default=-1)
         return [self.now, next_due, int(is_more), [change for change in changes if change[1]]]
+
+    def is_failed(self, job_id: str) -> bool:
+        return job_id in self.jobs and self.jobs[job_id].status == "failed"
 
     def in_grace(self) -> bool:
         """After an outage, or when the clock stepped back, nobody is declared dead for one lease time."""
@@ -896,4 +930,4 @@ def misplaced(job: Job, batch: Batch, now: int) -> str:
 
 
 def first_of(scores: dict[str, int], limit: int) -> list[str]:
-    return sorted(scores, key=lambda name: (scores[name], name))[:limit]
+    return sorted(scores, key=lambda name: (scores[name], name))[: max(0, limit)]

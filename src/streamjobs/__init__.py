@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamjobs.approvals import Decision
     from streamjobs.app import Agent, App, ChatInput, ChatMessage, ToolContext
+    from streamjobs.approvals import Decision
     from streamjobs.config import Settings, load_settings
     from streamjobs.errors import (
         ChildFailed,

@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from streamjobs import events as ev
+from streamjobs.approvals import decision_of
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.events import ErrorInfo, Event, Json, Usage
@@ -101,13 +102,54 @@ class ToolCallView(msgspec.Struct, frozen=True):
 
 
 class StepView(msgspec.Struct, frozen=True):
-    """One step of a workflow. state: started, completed, failed."""
+    """One step of a workflow. state: started, retrying, completed, failed, unknown.
+
+    An output too large for an event is the artifact of that name.
+    """
 
     key: str
     state: str = "started"
     attempt: int = 1
     output: Json = None
     error: ErrorInfo | None = None
+    name: str = ""
+    ms: int | None = None
+    artifact: str = ""
+
+
+class ApprovalView(msgspec.Struct, frozen=True):
+    """Something that a person is asked. state: pending, approved, denied, expired."""
+
+    key: str
+    subject: str
+    message: str
+    detail: Json = None
+    state: str = "pending"
+    comment: str = ""
+    by: str = ""
+
+
+class ChildView(msgspec.Struct, frozen=True):
+    """A job that this one submitted; its status is `submitted` until it has ended."""
+
+    job: str
+    kind: str = ""
+    status: str = "submitted"
+    error: ErrorInfo | None = None
+
+
+class Metrics(msgspec.Struct, frozen=True):
+    """What the job has cost.
+
+    Tokens, calls of a model (each attempt), of tools, steps, seconds from first start.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    requests: int = 0
+    tool_calls: int = 0
+    steps: int = 0
+    seconds: float | None = None
 
 
 class ProgressView(msgspec.Struct, frozen=True):
@@ -174,6 +216,14 @@ class JobView(msgspec.Struct):
     error: ErrorInfo | None = None
     artifacts: list[ArtifactView] = []
     log_lines: list[LogLine] = []
+    summary: str = ""
+    result_artifact: str = ""
+    approvals: list[ApprovalView] = []
+    children: list[ChildView] = []
+    metrics: Metrics = Metrics()
+    parent: str = ""
+    rerun_of: str = ""
+    schedule: str = ""
 
 
 def _waits_for_a_timer(event: Event) -> bool:
@@ -222,6 +272,10 @@ class Fold:
         self._calls: list[ToolCallView] = []
         self._latest_call: dict[str, int] = {}
         self._steps: dict[str, StepView] = {}
+        self._approvals: dict[str, ApprovalView] = {}
+        self._children: dict[str, ChildView] = {}
+        self._artifacts: dict[str, ArtifactView] = {}
+        self._requests = 0
 
     @property
     def status(self) -> Status:
@@ -259,8 +313,25 @@ class Fold:
             reasoning="".join(turn.spoken_reasoning() for turn in self._turns.values()),
             tool_calls=list(self._calls),
             steps=list(self._steps.values()),
-            artifacts=list(view.artifacts),
+            artifacts=list(self._artifacts.values()),
             log_lines=list(view.log_lines),
+            approvals=list(self._approvals.values()),
+            children=list(self._children.values()),
+            metrics=self._metrics(),
+        )
+
+    def _metrics(self) -> Metrics:
+        view = self._view
+        seconds = None
+        if view.started_ms is not None and view.ended_ms is not None:
+            seconds = (view.ended_ms - view.started_ms) / 1000
+        return Metrics(
+            input_tokens=view.usage.input_tokens,
+            output_tokens=view.usage.output_tokens,
+            requests=self._requests,
+            tool_calls=len(self._calls),
+            steps=len(self._steps),
+            seconds=seconds,
         )
 
     def _status_after(self, event: Event) -> Status:
@@ -295,6 +366,9 @@ class Fold:
             metadata=event.metadata,
             created_ms=event.ts,
             input=ev.decode_raw(event.input),
+            parent=event.parent,
+            rerun_of=event.rerun_of,
+            schedule=event.schedule,
         )
 
     def _started(self, event: ev.JobStarted) -> None:
@@ -326,6 +400,7 @@ class Fold:
 
     def _completed(self, event: ev.JobCompleted) -> None:
         self._view.result, self._view.error = ev.decode_raw(event.result), None
+        self._view.summary, self._view.result_artifact = event.summary, event.artifact
         self._ended(event)
 
     def _failed(self, event: ev.JobFailed) -> None:
@@ -341,9 +416,11 @@ class Fold:
     # --- turns
 
     def _turn_started(self, event: ev.TurnStarted) -> None:
+        self._requests += 1
         self._turns[event.turn] = _Turn(TurnView(event.turn, event.attempt, event.model))
 
     def _turn_restarted(self, event: ev.TurnRestarted) -> None:
+        self._requests += 1
         self._turns.pop(event.turn, None)
         self._turns[event.turn] = _Turn(TurnView(event.turn, event.attempt, event.model))
         self._calls = [call for call in self._calls if call.turn != event.turn]
@@ -393,16 +470,59 @@ class Fold:
         self._steps[key] = replace(self._steps.get(key) or StepView(key), **changes)
 
     def _step_started(self, event: ev.StepStarted) -> None:
-        self._change_step(event.key, state="started", attempt=event.attempt)
+        self._change_step(event.key, state="started", attempt=event.attempt, name=event.name)
 
     def _step_completed(self, event: ev.StepCompleted) -> None:
-        self._change_step(event.key, state="completed", output=event.output, error=None)
+        self._change_step(
+            event.key,
+            state="completed",
+            output=event.output,
+            error=None,
+            ms=event.ms,
+            artifact=event.artifact,
+        )
 
     def _step_failed(self, event: ev.StepFailed) -> None:
-        self._change_step(event.key, state="failed", error=event.error)
+        state = "retrying" if event.will_retry else "failed"
+        self._change_step(event.key, state=state, error=event.error, ms=event.ms)
+
+    def _step_unknown(self, event: ev.StepUnknown) -> None:
+        error = ErrorInfo("unknown_outcome", event.message)
+        self._change_step(event.key, state="unknown", error=error)
 
     def _artifact(self, event: ev.ArtifactCreated) -> None:
-        self._view.artifacts.append(ArtifactView(event.name, event.media_type, event.size, event.where))
+        self._artifacts[event.name] = ArtifactView(event.name, event.media_type, event.size, event.where)
+
+    # --- people and children
+
+    def _approval_requested(self, event: ev.ApprovalRequested) -> None:
+        self._approvals[event.key] = ApprovalView(event.key, event.subject, event.message, event.detail)
+
+    def _signal(self, event: ev.SignalReceived) -> None:
+        decision = decision_of(event)
+        pending = [key for key, one in self._approvals.items() if one.state == "pending"]
+        if decision is None or not pending:
+            return
+        key = decision.key or pending[0]
+        if key in pending:
+            state = "approved" if decision.approved else "denied"
+            self._approvals[key] = replace(
+                self._approvals[key], state=state, comment=decision.comment, by=decision.by
+            )
+
+    def _timer_fired(self, event: ev.TimerFired) -> None:
+        kind, _, key = event.key.partition(":")
+        approval = self._approvals.get(key)
+        if kind == "approval" and approval is not None and approval.state == "pending":
+            self._approvals[key] = replace(approval, state="expired")
+
+    def _child_spawned(self, event: ev.ChildSpawned) -> None:
+        known = self._children.get(event.job) or ChildView(event.job)
+        self._children[event.job] = replace(known, kind=event.kind)
+
+    def _child_ended(self, event: ev.ChildEnded) -> None:
+        known = self._children.get(event.job) or ChildView(event.job)
+        self._children[event.job] = replace(known, status=event.status, error=event.error)
 
     _FOLDS: ClassVar[dict[type[Event], Callable[[Fold, Any], None]]] = {
         ev.JobQueued: _queued,
@@ -431,5 +551,11 @@ class Fold:
         ev.StepStarted: _step_started,
         ev.StepCompleted: _step_completed,
         ev.StepFailed: _step_failed,
+        ev.StepUnknown: _step_unknown,
         ev.ArtifactCreated: _artifact,
+        ev.ApprovalRequested: _approval_requested,
+        ev.SignalReceived: _signal,
+        ev.TimerFired: _timer_fired,
+        ev.ChildSpawned: _child_spawned,
+        ev.ChildEnded: _child_ended,
     }

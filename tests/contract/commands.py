@@ -46,17 +46,18 @@ class Submission:
     idem: int = 0
     body: int = 0
     parent: int = -1
+    kind: str = "work"
 
     def row(self) -> NewJob:
         owner = OWNERS[self.owner]
         return NewJob(
-            SLOT_IDS[self.slot], owner, QUEUES[self.queue], self.priority,
+            SLOT_IDS[self.slot], owner, QUEUES[self.queue], self.priority, self.kind,
             delay=self.delay, start_timeout=self.start_timeout, timeout=self.timeout,
             ckey=f"{owner}-key{self.ckey}" if self.ckey else "",
             idem=f"{owner}-idem{self.idem}" if self.idem else "",
             body=f"body{self.body}" if self.idem else "",
             parent=SLOT_IDS[self.parent] if self.parent >= 0 else "",
-            fields={"kind": "work", "owner": owner},
+            fields={"kind": self.kind, "owner": owner},
         )  # fmt: skip
 
 
@@ -202,6 +203,18 @@ class Permit:
     def play(self, duel: Duel) -> None:
         arguments: Any = self.name, 7333.333333, 2, self.patience
         duel.compare("permit", lambda: duel.model.permit(*arguments), *arguments)
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Stop something, or let it go on."""
+
+    act: str = "set"
+    what: str = "kind:work"
+
+    def play(self, duel: Duel) -> None:
+        arguments = self.act, self.what
+        duel.compare("strike", lambda: duel.model.strike(*arguments, BY), *arguments, spliced(BY))
 
 
 @dataclass(frozen=True)

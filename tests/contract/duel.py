@@ -15,7 +15,7 @@ import msgspec
 
 from streamjobs.store.work import Batch
 from tests.contract.callers import LEASE, LIMITS, START, Ear, ScriptCaller, plain
-from tests.contract.commands import SLOT_IDS, Advance, Append, Ask, Command, Row, Take, Wake
+from tests.contract.commands import SLOT_IDS, Advance, Append, Ask, Command, Row, Strike, Take, Wake
 from tests.contract.keyspace import PREFIX, Found, check_invariants, comparable, expected, found
 from tests.model import Model
 
@@ -105,6 +105,8 @@ class Duel:
         First by the clock as it is, which may have stepped back; then it is set right.
         """
         corrected = max(0, self.latest - self.model.now)
+        for what in tuple(self.model.strikes):
+            Strike("lift", what).play(self)
         for pause in (LEASE // 3,) * 8 + (corrected,) + (LEASE // 2,) * 3 + (12 * LEASE,) * 8:
             if not self.model.live_jobs():
                 break
@@ -138,8 +140,10 @@ class Duel:
         whys: Counter[str] = Counter()
         for job in self.model.jobs.values():
             for entry in job.log:
-                why = msgspec.json.decode(entry.content).get("why", "")
+                said = msgspec.json.decode(entry.content)
+                why = said.get("why", "")
                 whys[f"{entry.type} {why}".strip()] += 1
+                whys[f"held {said.get('held', '')}"] += 1
         return whys
 
 

@@ -103,7 +103,7 @@ def job_keys(model: Model, job: Job) -> dict[str, Any]:
 def job_hash(model: Model, job: Job) -> dict[str, str]:
     fields = {
         "owner": job.owner, "kind": job.kind, "queue": job.queue, "priority": job.priority,
-        "status": job.status, "created": job.created, "ended": job.ended,
+        "status": job.status, "created": job.created, "ended": job.ended, "error": job.error or None,
         "seq": job.seq, "last": job.log[-1].id, "bytes": job.size,
         "fed": job.fed or None, "epoch": job.epoch or None, "lease": job.epoch if job.is_running else None,
         "worker": job.worker or None, "batch": job.batch if job.has_started else None,
@@ -142,6 +142,7 @@ def shared_keys(model: Model) -> dict[str, Any]:
     sweep = {} if model.last_sweep is None else {"last": str(model.last_sweep), "grace": str(model.grace)}
     return work | held | running | {
         "leases": model.leases(), "timers": model.timers(), "held": model.looked_at, "sweep": sweep,
+        "dead": model.dead, "strikes": {what: fields.decode() for what, fields in model.strikes.items()},
         "tickets": tally(f"{job.queue}|{job.owner}" for job in queued), "feed": model.feed,
         "counts": tally(counts) | ({"order": str(model.holds_made)} if model.holds_made else {}),
     }  # fmt: skip

@@ -30,6 +30,7 @@ from tests.contract.commands import (
     Permit,
     Renew,
     Row,
+    Strike,
     Submission,
     Submit,
     Take,
@@ -54,7 +55,7 @@ class Dice:
         self.commands: dict[Callable[[], Command], int] = {
             self.submit: 10, self.take: 10, self.append: 16, self.ask: 8, self.renew: 2, Wake: 6,
             self.keep: 2, self.permit: 2, self.small_wake: 2, self.idle: 3, self.step: 8, self.jump: 1,
-            self.cancel: 2, Again: 3,
+            self.cancel: 2, self.strike: 1, self.lift: 2, Again: 3,
         }  # fmt: skip
 
     def command(self) -> Command:
@@ -92,6 +93,7 @@ class Dice:
             idem=self.rarely(5, pick([1, 2]), 0),
             body=self.rarely(3, 1, 0),
             parent=self.rarely(4, self.slot(), -1),
+            kind=self.rarely(3, "play", "work"),
         )
 
     def take(self) -> Take:
@@ -123,6 +125,15 @@ class Dice:
 
     def permit(self) -> Permit:
         return Permit(self.random.choice("ab"), self.random.choice([0, 0, 8_000, 90_000]))
+
+    def strike(self) -> Strike:
+        return Strike("set", self.struck())
+
+    def lift(self) -> Strike:
+        return Strike("lift", self.struck())
+
+    def struck(self) -> str:
+        return self.random.choice(["kind:work", "kind:play", "queue:fast", "queue:slow", "tool:t"])
 
     def renew(self) -> Renew:
         return Renew(self.several(self.lease, 3), stale=self.rarely(3, True, False))

@@ -15,6 +15,7 @@ from tests.contract.commands import (
     Permit,
     Renew,
     Row,
+    Strike,
     Submission,
     Submit,
     Take,
@@ -122,6 +123,31 @@ STORIES: dict[str, list[Command]] = {
         Permit(), Again(), Permit(), Permit(patience=7_000), Advance(400), Permit(patience=7_000), Permit(),
         Permit(name="b"), Advance(20_000), *[Permit()] * 3, Advance(-3_600_000), Permit(), Advance(7_334),
         *[Permit()] * 2,
+    ],
+    "a kind is struck": [
+        Submit((Submission(), Submission(slot=1, kind="play"), Submission(slot=2), Submission(slot=3))),
+        Strike(), Again(), Take(), Wake(), FINISH, Wake(), Take(), Strike("lift"), Again(), Wake(), Take(),
+        FINISH, FINISH, Take(),
+    ],
+    "a kind is struck while some of it is held": [
+        Submit(tuple(Submission(slot=i, kind="play" if i in {2, 4} else "work") for i in range(5))),
+        Take(wanted=1), Strike(what="kind:play"), FINISH, Wake(), Take(), FINISH, Take(), FINISH, Wake(),
+        Strike("lift", "kind:play"), Wake(), Take(),
+    ],
+    "a queue is struck": [
+        Submit((Submission(), Submission(slot=1, queue=1))), Strike(what="queue:fast"), Take(),
+        Take(queues=("fast",)), Strike("lift", "queue:fast"), Take(),
+    ],
+    "more dead than are listed, and they are forgotten": [
+        *[
+            command
+            for slot in (0, 2, 4)
+            for command in (
+                Submit((Submission(slot=slot), Submission(slot=slot + 1))), Take(),
+                Append((Row(outcome="failed"), Row(lease=1, outcome="failed"))), Advance(90_000),
+            )
+        ],
+        Wake(), Advance(100_000), Wake(1), Advance(200_000), Wake(1), Wake(),
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

@@ -55,6 +55,23 @@ MUTATIONS: dict[str, Mutation] = {
         "permit", "if answer[1] == 'go' then take_token", "if false then take_token"
     ),
     "who is sent away has used a permit": Mutation("permit", "if answer[1] == 'go' then", "if true then"),
+    "a struck queue is worked on": Mutation("take", "and not stream[3] and", "and"),
+    "a struck kind starts": Mutation("common", "if is_struck('kind:' .. job.h.kind) then", "if false then"),
+    "a struck kind holds up its owner's other jobs": Mutation(
+        "common", "if reason == 'struck' then list = list .. '|kind:' .. job.h.kind end", ""
+    ),
+    "who struck it last is named": Mutation("strike", "'HSETNX'", "'HSET'"),
+    "nobody hears of a strike": Mutation("strike", "if verdict == 'struck' or", "if"),
+    "failed jobs are listed without end": Mutation(
+        "common", "redis.call('ZREMRANGEBYRANK', PREFIX .. 'dead', 0, -OPT.dead_cap - 1)", ""
+    ),
+    "the newest failed jobs leave the full list": Mutation(
+        "common", "0, -OPT.dead_cap - 1)", "OPT.dead_cap, -1)"
+    ),
+    "failed jobs that expired stay listed": Mutation("wake", "redis.call('ZREM', PREFIX .. 'dead', id)", ""),
+    "jobs that are there leave the list": Mutation(
+        "wake", "== 'failed' then return end", "== '' then return end"
+    ),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"

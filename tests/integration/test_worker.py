@@ -183,7 +183,10 @@ async def test_whatever_code_raises_fails_its_job_and_nothing_else(redis: RedisP
 
 
 async def test_results_that_cannot_be_stored_fail_in_words(redis: RedisProcess):
-    """Not JSON, or too large: the job says which, once, and does not run again for it."""
+    """Not JSON, or too large: the job says which, once, and does not run again for it.
+
+    Half a character is no reason to lose the rest.
+    """
 
     async def strange(ctx: Any) -> Any:
         return object()
@@ -197,12 +200,13 @@ async def test_results_that_cannot_be_stored_fail_in_words(redis: RedisProcess):
     app = one("strange", strange)
     one("huge", huge, app)
     one("half", half, app)
-    async with talking(redis.url, app=app) as bench:
-        cases = (("strange", "invalid_result"), ("half", "invalid_result"), ("huge", "result_too_large"))
-        for kind, code in cases:
+    async with talking(redis.url, app=app, max_artifact=1_000_000) as bench:
+        for kind, code in (("strange", "invalid_result"), ("huge", "result_too_large")):
             view = await run(bench, kind)
             assert view.error is not None
             assert (view.status, view.error.code, view.attempt) == ("failed", code, 1)
+        view = await run(bench, "half")
+        assert (view.status, view.result) == ("completed", "\ufffd")
 
 
 async def test_code_that_never_awaits_still_ends(redis: RedisProcess):

@@ -12,11 +12,13 @@ from streamjobs.errors import ConfigError
 from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
+from streamjobs.store.dead import Dead, DeadFilter, DeadJob
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -24,6 +26,9 @@ __all__ = [
     "Answer",
     "Artifacts",
     "Batch",
+    "Dead",
+    "DeadFilter",
+    "DeadJob",
     "Entry",
     "JobRecord",
     "Jobs",
@@ -38,6 +43,8 @@ __all__ = [
     "Receipt",
     "Renewal",
     "Store",
+    "Strike",
+    "Strikes",
     "Submission",
     "Sweep",
     "Taken",
@@ -64,6 +71,8 @@ class Store:
         self.work = Work(client, scripts, settings)
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
+        self.strikes = Strikes(client, scripts, settings)
+        self.dead = Dead(client, settings)
         self.workers = Workers(client, settings)
         self.live = Live(self._subscriber)
 

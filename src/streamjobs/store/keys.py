@@ -18,7 +18,7 @@ from streamjobs.errors import JobNotFound
 
 Lifetime = Literal["job", "live", "ttl", "capped", "forever"]
 """job: expires when its job's retention ends · live: gone when empty · ttl: always has an expiry ·
-capped: a bounded stream · forever: one a store"""
+capped: bounded by a cap · forever: one a store"""
 
 
 class Key(NamedTuple):
@@ -50,7 +50,14 @@ KEYS: tuple[Key, ...] = (
     _key("leases", "zset", "live", "running jobs by the end of their lease"),
     _key("timers", "zset", "live", "jobs by the earliest instant at which something is due"),
     _key("held", "zset", "live", "lists of held jobs, by when they were last looked at"),
-    _key("held:<any>", "zset", "live", "held jobs of one queue and owner (and concurrency key), in order"),
+    _key(
+        "held:<any>",
+        "zset",
+        "live",
+        "held jobs of one queue and owner (and concurrency key, or struck kind), in order",
+    ),
+    _key("strikes", "hash", "live", "queues, kinds and tools that an operator has stopped"),
+    _key("dead", "zset", "capped", "failed jobs that nobody has run again, by their end"),
     _key("running:<any>", "set", "live", "an owner's running jobs"),
     _key("tickets", "hash", "live", "tickets for each queue and owner"),
     _key("counts", "hash", "forever", "waiting, held, running for each queue"),
@@ -77,6 +84,7 @@ FIELDS: dict[str, str] = {
     "status": "where it is",
     "created": "ms; also the epoch half of its first event's id",
     "ended": "ms",
+    "error": "code of what it failed with",
     "seq": "of its last event",
     "last": "id of its last event",
     "bytes": "of all event contents",

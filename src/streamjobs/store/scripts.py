@@ -30,6 +30,7 @@ class Limits(msgspec.Struct, frozen=True):
     retention: int
     idempotency: int
     owner_limit: int
+    dead_cap: int
     max_depth: int
     max_children: int
     max_crashes: int
@@ -55,6 +56,7 @@ class Limits(msgspec.Struct, frozen=True):
             retention=ms(settings.retention),
             idempotency=ms(settings.idempotency_ttl),
             owner_limit=settings.owner_limit,
+            dead_cap=settings.dead_cap,
             max_depth=settings.max_depth,
             max_children=settings.max_children,
             max_crashes=settings.max_crashes,
@@ -117,6 +119,7 @@ class Scripts:
     RESUME: ClassVar = Script("resume", "allow-oom")
     ARTIFACT: ClassVar = Script("artifact")
     PERMIT: ClassVar = Script("permit", "allow-oom")
+    STRIKE: ClassVar = Script("strike", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 

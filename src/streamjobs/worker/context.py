@@ -267,7 +267,7 @@ class Context:
 
         It is answered by a signal named `approval`. Raises `WaitTimeout`.
         """
-        name = self.unique(f"approval:{key or digest(message)}")
+        name = self.unique(key or f"job:{digest(message)}")
         return await approve(self, name, subject="job", message=message, detail=detail, timeout=timeout)
 
     # --- saying

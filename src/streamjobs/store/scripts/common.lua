@@ -234,7 +234,19 @@ end
 local function held_list(job, reason)
   local list = job.h.queue .. '|' .. job.h.owner
   if reason == 'concurrency_key' then list = list .. '|' .. job.h.ckey end
+  if reason == 'struck' then list = list .. '|kind:' .. job.h.kind end
   return list
+end
+
+-- Whether an operator has stopped a queue or a kind; read once a call, and only by one that starts or releases jobs
+local function is_struck(what)
+  local struck = gathered.struck
+  if not struck then
+    struck = {}
+    gathered.struck = struck
+    for _, name in ipairs(redis.call('HKEYS', PREFIX .. 'strikes')) do struck[name] = true end
+  end
+  return struck[what]
 end
 
 local function hold(job, reason)
@@ -263,6 +275,7 @@ end
 
 -- What keeps this job from starting now, if anything
 local function obstacle(job)
+  if is_struck('kind:' .. job.h.kind) then return 'struck' end
   if OPT.owner_limit > 0 and running(job.h.owner) >= OPT.owner_limit then return 'owner_limit' end
   if job.h.ckey then
     local holder = redis.call('GET', PREFIX .. 'ckey:' .. job.h.ckey)
@@ -308,7 +321,7 @@ local function park(job, status)
 end
 
 -- Gives the first of a held list that may start its ticket back; returns whether it did. One whose concurrency key
--- was taken meanwhile goes to that key's list, out of the way of those behind it.
+-- was taken or whose kind was struck meanwhile goes to the list of those, out of the way of those behind it.
 local function release(list)
   local queue, owner = string.match(list, '^([^|]*)|([^|]*)')
   if OPT.owner_limit > 0 and running(owner) + tickets(queue, owner) >= OPT.owner_limit then return false end
@@ -358,10 +371,18 @@ local function tell_parent(job, event, content)
   save(parent)
 end
 
+-- The dead list names failed jobs by their end; the oldest leave it where it is full
+local function bury(job, content)
+  put(job, 'error', string.match(content, '"error":{"code":"([^"]*)"') or 'unknown')
+  redis.call('ZADD', PREFIX .. 'dead', NOW, job.id)
+  redis.call('ZREMRANGEBYRANK', PREFIX .. 'dead', 0, -OPT.dead_cap - 1)
+end
+
 -- Writes the terminal event and lets go of everything; every key of the job gets the same expiry.
 local function finish(job, epoch, event, content)
   emit(job, epoch, event, content)
   park(job, TERMINAL[event])
+  if event == 'job.failed' then bury(job, content) end
   for _, field in ipairs({ 'timers', 'deadline', 'start_by', 'pause', 'order' }) do
     if job.h[field] then put(job, field, nil) end
   end

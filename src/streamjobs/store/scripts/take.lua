@@ -1,4 +1,5 @@
--- take: leases jobs whose tickets are next; skips stale tickets, holds jobs that may not start.
+-- take: leases jobs whose tickets are next; skips stale tickets, holds jobs that may not start. A struck queue is
+-- not read: its tickets stay.
 -- ARGV 2 worker, 3 take number (1, 2, …), 4 jobs wanted, 5 weights as high,default,low, 6… queues, first served first
 -- answer: {now, jobs, ends, failures}
 --   ends: stream, id, … for the blocked read that follows when fewer came than wanted: where each ends, or, of stale
@@ -34,7 +35,8 @@ local function streams_in_turn()
   local streams, queues = {}, #ARGV - 5
   for _, class in ipairs(classes_in_turn()) do
     for i = 0, queues - 1 do
-      streams[#streams + 1] = { PREFIX .. 'work:' .. ARGV[6 + (NUMBER + i) % queues] .. ':' .. class, class }
+      local queue = ARGV[6 + (NUMBER + i) % queues]
+      streams[#streams + 1] = { PREFIX .. 'work:' .. queue .. ':' .. class, class, is_struck('queue:' .. queue) }
     end
   end
   return streams
@@ -163,7 +165,7 @@ local before = answered_before()
 if before then return { NOW, before, {}, {} } end
 local jobs, streams = {}, streams_in_turn()
 for _, stream in ipairs(streams) do
-  local failed = #jobs < WANTED and guarded(drain, stream[1], stream[2], jobs)
+  local failed = #jobs < WANTED and not stream[3] and guarded(drain, stream[1], stream[2], jobs)
   if failed then failures[#failures + 1] = stream[1] .. ': ' .. failed[2] end
 end
 if #jobs > 0 then file(jobs) end

@@ -1,4 +1,5 @@
--- wake: what time does to jobs. Expired leases, due timers, held jobs that may start. Every role calls it.
+-- wake: what time does to jobs. Expired leases, due timers, held jobs that may start; expired jobs leave the dead
+-- list. Every role calls it.
 -- ARGV 2 how many of each at most
 -- answer: {now, next due or -1, 1 if more is due now, changes}; change: {id, what}
 --   what: lost | poisoned | cancelled | paused | woken | timeout | queue_timeout | released | error: why
@@ -125,6 +126,14 @@ local function each(ids, act)
   return #ids >= LIMIT
 end
 
+-- The oldest expire first, so the first that is still there ends the search; an id may have come back as a new job
+local function forget_expired()
+  for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'dead', 0, LIMIT - 1)) do
+    if redis.call('HGET', PREFIX .. 'job:' .. id, 'status') == 'failed' then return end
+    redis.call('ZREM', PREFIX .. 'dead', id)
+  end
+end
+
 local more = false
 if not in_grace() then
   more = each(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW, 'LIMIT', 0, LIMIT), lose)
@@ -133,6 +142,8 @@ if not in_grace() then
 end
 more = each(redis.call('ZRANGEBYSCORE', PREFIX .. 'timers', '-inf', NOW, 'LIMIT', 0, LIMIT), ring) or more
 each(redis.call('ZRANGE', PREFIX .. 'held', 0, LIMIT - 1), release_from)
+local failed = guarded(forget_expired)
+if failed then changed('dead', 'error: ' .. failed[2]) end
 settle()
 local first = redis.call('ZRANGE', PREFIX .. 'timers', 0, 0, 'WITHSCORES')
 return { NOW, first[2] and tonumber(first[2]) or -1, more and 1 or 0, changes }
