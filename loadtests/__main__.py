@@ -11,14 +11,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests import jobs, redis_server, steps, tokens
+from loadtests import cancel, jobs, redis_server, steps, tokens
 from loadtests.bench import Bench, Scenario
 from loadtests.measure import describe_machine
 from loadtests.processes import RunError, raise_on_signals
 from loadtests.progress import Progress
 from loadtests.report import Report, Section, markdown
 
-SCENARIOS: tuple[Scenario, ...] = (jobs.SCENARIO, tokens.SCENARIO, steps.SCENARIO)
+SCENARIOS: tuple[Scenario, ...] = (jobs.SCENARIO, tokens.SCENARIO, steps.SCENARIO, cancel.SCENARIO)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -1,7 +1,7 @@
-"""Marks: a worker notes the begin and the end of each workflow's code in a file, all systems in the same way.
+"""Marks: begins and ends of numbered things, which a child notes in a file with the time; the same for all.
 
 A line is `<s|e> <number> <seconds since the epoch>`: about a microsecond each to write, and reading them
-disturbs nobody. They say when user code ran; that its outcome is recorded is asked of the system itself.
+disturbs nobody. Of a workflow they say when its code ran; what is recorded is asked of the system itself.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ VARIABLE = "LOADTEST_MARKS"
 
 
 class Pen:
-    """Writes marks into the file that the environment names; for worker processes."""
+    """Writes marks into a file: the one that the environment names, unless said."""
 
-    def __init__(self) -> None:
-        self._file = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def __init__(self, file: str | None = None) -> None:
+        self._file = os.open(file or os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def begin(self, number: int) -> None:
-        """Note that a workflow's code begins."""
+        """Note that a thing begins."""
         os.write(self._file, b"s %d %.6f\n" % (number, time.time()))
 
     def end(self, number: int) -> None:
-        """Note that its last line was reached."""
+        """Note that it ends."""
         os.write(self._file, b"e %d %.6f\n" % (number, time.time()))
 
 

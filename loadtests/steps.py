@@ -284,13 +284,13 @@ def section(
     setups = [_setup_row(system, reasons) for system in systems]
     return Section(
         title="Steps: workflows of ten recorded steps through one worker process",
-        intro=f"Workflows of {STEPS} steps, one after another, each a no-op whose result is recorded before the "
-        f"next step begins. First {options.workflows:,} at once, drained by a worker that was frozen while they "
-        f"were submitted, again and again until {options.drain_seconds:g} s of draining are measured; then "
-        f"arriving for about {options.half_seconds:g} s at half of the rate of that drain. Interleaved rounds: "
-        f"{options.repeat}; median (minimum-maximum). CPU is user + system of the worker's and the store's "
-        "processes during the drains; a core-second is a second of both together. The ratios are the medians "
-        "of the rounds' ratios. No store waits for a disk.",
+        intro=f"Workflows of {STEPS} steps, one after another, each a no-op whose result is recorded before "
+        f"the next step begins. First {options.workflows:,} at once, drained by a worker that was frozen "
+        f"while they were submitted, again until {options.drain_seconds:g} s of draining are measured; then "
+        f"arriving for about {options.half_seconds:g} s at half of the rate of that drain. Interleaved "
+        f"rounds: {options.repeat}; median (minimum-maximum). CPU is user + system of the worker's and the "
+        "store's processes during the drains; a core-second is a second of both together. The ratios are the "
+        "medians of the rounds' ratios. No store waits for a disk.",
         tables=[
             Table(DRAIN_HEADERS, drains),
             Table(HALF_HEADERS, halves),

@@ -46,8 +46,8 @@ class DbosSteps(StepSystem):
     store: ClassVar[str] = "postgres"
     tuning: ClassVar[str] = (
         f"async workflow and steps, uvloop, a queue without limits, polled every {1000 * POLLING_INTERVAL:g} "
-        f"ms, {THREADS} executor threads, pool of {CONNECTIONS}; Postgres with fsync, synchronous_commit and "
-        "full_page_writes off"
+        f"ms, {THREADS} executor threads, pool of {CONNECTIONS} without pings; Postgres with fsync, "
+        "synchronous_commit and full_page_writes off"
     )
 
     def prepare(self) -> str | None:
@@ -101,6 +101,7 @@ async def work() -> None:
             "application_version": RELEASE,
             "sys_db_pool_size": CONNECTIONS,
             "max_executor_threads": THREADS,
+            "db_engine_kwargs": {"pool_pre_ping": False},
             "log_level": "WARNING",
         }
     )
