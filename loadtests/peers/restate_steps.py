@@ -35,6 +35,7 @@ FOLDER = node.CACHE / "restate"
 PACKAGES = ("@restatedev/restate-server@latest", "@restatedev/restate-sdk@latest")
 SCRIPT = Path(__file__).with_suffix(".mjs")
 INGRESS = "LOADTEST_RESTATE_INGRESS"
+OLDEST_NODE = 22
 PARTITIONS = 4
 OWN_ENTRIES = 2
 """Commands in a journal beside the steps: input and output."""
@@ -58,6 +59,8 @@ class RestateSteps(StepSystem):
 
     def prepare(self) -> str | None:
         why = node.missing(FOLDER, PACKAGES)
+        if why is None and int(node.node_version().partition(".")[0]) < OLDEST_NODE:
+            why = f"its SDK needs node {OLDEST_NODE}, this is {node.node_version()}"
         return why or (None if _server() else "npm has no restate-server binary for this machine")
 
     def version(self) -> str:
