@@ -106,7 +106,7 @@ class Desk:
         self.timers = {
             content["key"]: content["delay_ms"]
             for content in self.of("timer.set")
-            if content["key"] not in fired
+            if content["key"] not in fired and not content.get("in_worker")
         }
         self.children = [content["job"] for content in self.of("child.spawned")]
         if self.types[-1] not in TERMINAL and "job.started" in self.types:
