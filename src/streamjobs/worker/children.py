@@ -103,5 +103,5 @@ def _submission(
         }
         chosen = {name: value for name, value in declared.items() if value is not None} | chosen
     queues = ctx.settings.queues
-    chosen.setdefault("queue", "default" if "default" in queues else queues[0])
+    chosen = {"queue": "default" if "default" in queues else queues[0]} | chosen
     return Submission(kind=kind, owner=ctx.owner, input=encoded, job_id=child_id, parent=ctx.job_id, **chosen)
