@@ -322,8 +322,9 @@ class Fold:
 
     def _metrics(self) -> Metrics:
         view = self._view
-        has_run = view.started_ms is not None and view.ended_ms is not None
-        seconds = (view.ended_ms - view.started_ms) / 1000 if has_run else None  # pyright: ignore[reportOptionalOperand]
+        seconds = None
+        if view.started_ms is not None and view.ended_ms is not None:
+            seconds = (view.ended_ms - view.started_ms) / 1000
         return Metrics(
             input_tokens=view.usage.input_tokens,
             output_tokens=view.usage.output_tokens,

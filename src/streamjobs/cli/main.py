@@ -16,6 +16,7 @@ from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.jobs import cancel, status, submit, watch
 from streamjobs.cli.roles import dev, provider, serve, worker
+from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
 
 
@@ -42,7 +43,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 for command in (
-    dev, demo, serve, worker, provider, doctor,
+    dev, demo, serve, worker, provider, doctor, schedules,
     submit, watch, status, cancel,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,

@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 from streamjobs.client.handle import ENDED, Handle
+from streamjobs.client.schedules import SchedulesClient
 from streamjobs.cursor import Cursor, parse_cursor
 from streamjobs.errors import Invalid, InvalidCursor, StreamjobsError
 from streamjobs.events import TERMINAL, UNENCODABLE, Json, encode_json
@@ -82,6 +83,7 @@ class Client:
         except httpx.InvalidURL as error:
             raise GatewayUnreachable(f"not an address: {base_url} ({error})") from error
         self._patience = patience
+        self.schedules = SchedulesClient(self._call)
 
     async def __aenter__(self) -> Self:
         return self

@@ -27,6 +27,7 @@ from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.look import LookRoutes
 from streamjobs.gateway.operate import OperateRoutes
 from streamjobs.gateway.probes import Probes
+from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
@@ -51,6 +52,7 @@ class Gateway:
             *LookRoutes(store, self.hub, settings).routes(),
             Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
             *ActRoutes(store, settings).routes(),
+            *ScheduleRoutes(store, registry, settings).routes(),
             *CatalogRoutes(registry).routes(),
             *OperateRoutes(store, settings).routes(),
         ]

@@ -25,7 +25,10 @@ from streamjobs.errors import (
     JobNotEnded,
     JobNotFound,
     LimitExceeded,
+    Overlapping,
+    ScheduleNotFound,
     StreamjobsError,
+    TickTaken,
     TooDeep,
     TooManyChildren,
     UnknownQueue,
@@ -34,11 +37,29 @@ from streamjobs.events import UNENCODABLE, JobQueued, Json, decode_event, encode
 from streamjobs.store import keys
 from streamjobs.store.dead import Dead, DeadFilter
 from streamjobs.store.log import Log, stored_cursor
+from streamjobs.store.recent import Recent
 from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BATCH = 500
+_HEAD = ("status", "owner", "kind", "queue", "last", "cancel", "created")
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """What a submission is to a schedule: accepted only while the schedule waits for `due_ms`.
+
+    `next_ms` is what it waits for afterwards. Without `due_ms` the job comes out of turn, and only needs the
+    schedule to be there.
+    """
+
+    schedule_id: str
+    due_ms: int = 0
+    next_ms: int = 0
+
+    def guard(self) -> str:
+        """Its part of a submission's row."""
+        return f"{self.schedule_id} {self.due_ms or '-'} {self.next_ms or '-'}"
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +88,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     parent: str = ""
     rerun_of: str = ""
     rerun_by: str = ""
+    tick: Tick | None = None
 
 
 class Receipt(NamedTuple):
@@ -87,6 +109,7 @@ class JobRecord(NamedTuple):
     queue: str
     last: Cursor
     cancel_requested: bool
+    created_ms: int = 0
 
     @property
     def is_ended(self) -> bool:
@@ -103,14 +126,20 @@ class Jobs:
         self._settings = settings
         self._log = Log(client, scripts)
         self._dead = Dead(client, settings)
+        self._recent = Recent(client, settings)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
 
         Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`; of a child
-        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`.
+        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`;
+        with a `tick` also `ScheduleNotFound`, `TickTaken`, `Overlapping`.
         """
         return (await self.submit_many([submission]))[0]
+
+    def check(self, submission: Submission) -> None:
+        """Raise what `submit` would raise before it asks Redis."""
+        self._row(submission)
 
     async def submit_many(self, submissions: Iterable[Submission]) -> list[Receipt]:
         """Submit many, in one call for each partition and 500 jobs; same order, errors as `submit`.
@@ -151,6 +180,7 @@ class Jobs:
             hashlib.blake2b(sub.body or event, digest_size=16).hexdigest() if sub.idempotency_key else "",
             sub.parent,
             event,
+            sub.tick.guard() if sub.tick else "",
         ]
         return partition, row
 
@@ -175,13 +205,24 @@ class Jobs:
         Raises `JobNotFound`.
         """
         with translated():
-            head: list[Any] = await self._client.hmget(
-                keys.job_key(job_id), ["status", "owner", "kind", "queue", "last", "cancel"]
-            )
+            head: list[Any] = await self._client.hmget(keys.job_key(job_id), _HEAD)
         if head[0] is None:
             raise JobNotFound("no such job")
-        status, owner, kind, queue, last = (text(value) for value in head[:5])
-        return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), bool(head[5]))
+        return _record(job_id, head)
+
+    async def recent(self, owner: str, *, limit: int = 50, before: str = "") -> tuple[list[JobRecord], str]:
+        """An owner's jobs, newest first, behind the cursor `before`; and the next cursor, empty at the end.
+
+        Only jobs that the owner's feed still names and that are still kept; a page may be shorter than
+        `limit` (1 to 500) and not the last. Raises `InvalidCursor`.
+        """
+        ids, cursor = await self._recent.page(owner, max(1, min(limit, 500)), before)
+        with translated():
+            async with self._client.pipeline(transaction=False) as pipe:
+                for job_id in ids:
+                    pipe.hmget(keys.job_key(job_id), _HEAD)
+                heads: list[list[Any]] = await pipe.execute() if ids else []
+        return [_record(i, head) for i, head in zip(ids, heads, strict=True) if head[0] is not None], cursor
 
     async def cancel(self, job_id: str, *, by: str = "", reason: str = "") -> str:
         """Ask for a job's end; its children's too.
@@ -290,6 +331,12 @@ class Jobs:
         return words
 
 
+def _record(job_id: str, head: list[Any]) -> JobRecord:
+    status, owner, kind, queue, last = (text(value) for value in head[:5])
+    cancelled, created = bool(head[5]), int(head[6] or 0)
+    return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), cancelled, created)
+
+
 def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
     return JobQueued(
         kind=sub.kind,
@@ -307,6 +354,8 @@ def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
         parent=sub.parent,
         rerun_of=sub.rerun_of,
         rerun_by=sub.rerun_by,
+        schedule=sub.tick.schedule_id if sub.tick else "",
+        tick_ms=sub.tick.due_ms if sub.tick else 0,
         input=msgspec.Raw(_one_line_json(sub.input)),
     )
 
@@ -361,7 +410,17 @@ def _receipt(answer: list[Any]) -> Receipt:
         raise JobNotFound("no such parent")
     if verdict == "parent":
         raise JobEnded(f"the parent takes no more children: {rest[0]}")
+    if verdict == "tick":
+        raise _refused_tick(rest[0])
     raise StreamjobsError(f"submit: {rest[0]}")
+
+
+def _refused_tick(why: str) -> StreamjobsError:
+    if why == "gone":
+        return ScheduleNotFound("no such schedule")
+    if why == "overlap":
+        return Overlapping("the job of an earlier tick is live, so this one gives none")
+    return TickTaken("the schedule does not wait for this tick")
 
 
 def _fields(**values: Json) -> bytes:

@@ -10,7 +10,6 @@ skipped where the log has n.
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from streamjobs import events as ev
 from streamjobs.app import App
 from streamjobs.approvals import Decision
 from streamjobs.config import Settings
-from streamjobs.errors import Denied, Invalid, OutcomeUnknown, StepError, StoreUnavailable, WaitTimeout
+from streamjobs.errors import Denied, Invalid, OutcomeUnknown, StepError, WaitTimeout
 from streamjobs.events import UNENCODABLE, Event, Json, clean_text, encode_json
 from streamjobs.faults import fault
 from streamjobs.inputs import ChatInput, ChatMessage
@@ -34,6 +33,7 @@ from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
 from streamjobs.worker.history import History, Occurrence, OpKey
 from streamjobs.worker.news import News
+from streamjobs.worker.patience import patiently
 from streamjobs.worker.recorder import Journal
 from streamjobs.worker.replay import Replay
 from streamjobs.worker.steps import ONCE, Step
@@ -412,7 +412,8 @@ class Context:
 
     async def store_artifact(self, name: str, content: bytes, media_type: str) -> ev.ArtifactCreated:
         """Store bytes beside the log and say so in it."""
-        await self.store.artifacts.put(self.job_id, self.lease.epoch, name, media_type, content)
+        put = self.store.artifacts.put
+        await patiently(lambda: put(self.job_id, self.lease.epoch, name, media_type, content))
         fault("after_artifact_stored")
         event = self._artifact(name, content, media_type)
         self._say(f"{event.type} {name}", event)
@@ -424,14 +425,8 @@ class Context:
 
     async def read_artifact(self, job_id: str, name: str) -> bytes:
         """The bytes of an artifact; waits while Redis is away."""
-        delay = 0.05
-        while True:
-            try:
-                _, content = await self.store.artifacts.get(job_id, name)
-                return content
-            except StoreUnavailable:
-                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-                delay = min(1.0, delay * 2)
+        _, content = await patiently(lambda: self.store.artifacts.get(job_id, name))
+        return content
 
     def _tool(self, tool: str | Callable[..., Any]) -> Tool:
         return self.app.find_tool(tool)

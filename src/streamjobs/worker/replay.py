@@ -75,6 +75,8 @@ class Replay:
         self._moved = asyncio.Event()
         self._next_wait = 0
         self._closed: BaseException | None = None
+        if self._ahead:
+            self._loop.call_soon(self._touch)
 
     # --- asking
 

@@ -15,7 +15,9 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -57,11 +59,26 @@ def new_worker_id() -> str:
 class Worker:
     """Runs jobs of some queues until it is drained or cancelled."""
 
-    def __init__(self, store: Store, app: App, *, queues: Sequence[str] = (), worker_id: str = "") -> None:
+    def __init__(
+        self,
+        store: Store,
+        app: App,
+        *,
+        queues: Sequence[str] = (),
+        queue_limits: Mapping[str, int] = MappingProxyType({}),
+        worker_id: str = "",
+    ) -> None:
+        """`queues` are the ones it works on, by default all.
+
+        `queue_limits` bounds its running jobs of some.
+        """
         self.id = worker_id or new_worker_id()
         self._store = store
         self._settings = store.settings
         self._queues = tuple(queues) or self._settings.queues
+        self._queue_limits = {name: limit for name, limit in queue_limits.items() if name in self._queues}
+        self._running_of: Counter[str] = Counter()
+        self._struck: frozenset[str] = frozenset()
         self._app = app
         self._clock = Clock(lambda: time.monotonic_ns() // 1_000_000)
         self._executions: dict[LeaseKey, Execution] = {}
@@ -83,14 +100,18 @@ class Worker:
         """Stop taking; let what ends within the grace end, hand back the rest, then `run` returns."""
         self._draining.set()
         self._slot_freed.set()
+        for execution in tuple(self._executions.values()):
+            execution.nudge()
 
     async def run(self) -> None:
         """Work until drained. Cancelling drops everything at once, as kill -9 does.
 
-        Raises `StoreUnavailable` where Redis cannot be reached at the start.
+        Raises `StoreUnavailable` where Redis cannot be reached at the start, and `Invalid` for a schedule of
+        the App that does not fit the settings, as one of an unknown queue.
         """
         metrics.JOBS_RUNNING.set_function(lambda: self.running)
         self._clock.set(await self._store.now_ms())
+        await self._store.schedules.declare(self._app.name, self._app.schedules.values())
         self._started_ms = self._clock.now_ms()
         providers = Providers(self._settings)
         committers = {p: Committer(self._store.work, p, self._settings) for p in self._store.partitions}
@@ -103,6 +124,7 @@ class Worker:
             committers,
             self._draining.is_set,
             self._left_behind,
+            self._is_struck,
         )
         keeper = LeaseKeeper(self._settings, self._on_renewals, plain=self._store.is_plain)
         loops = [asyncio.create_task(loop, name=name) for name, loop in self._loops(committers)]
@@ -125,6 +147,7 @@ class Worker:
             ("sweep", Sweeper(self._store).run()),
             ("heartbeat", self._beat()),
             ("inbox", self._hear_of_inboxes()),
+            ("strikes", self._watch_strikes()),
         ]
 
     async def _stop_everything(
@@ -151,10 +174,8 @@ class Worker:
                 await self._room()
                 ends = await self._take_everywhere(services, keeper)
                 failures = 0
-                if ends:
-                    await self._until_drained(
-                        self._store.work.wait_for_tickets(waiter, ends, jitter(self._settings.take_block))
-                    )
+                if ends or self._is_limited:
+                    await self._for_tickets(waiter, ends)
             except StreamjobsError as error:
                 failures += 1
                 if failures == 1:
@@ -186,24 +207,44 @@ class Worker:
         self._rotation = (self._rotation + 1) % len(partitions)
         ends: dict[str, str] = {}
         is_dry = True
-        # never all slots at once: some jobs run while others are on their way to Redis or back
-        share = max(1, self._settings.concurrency // _SHARES)
         for partition in (*partitions[self._rotation :], *partitions[: self._rotation]):
-            wanted = min(self._settings.concurrency - self.running, share)
-            if wanted <= 0 or self._draining.is_set():
-                return {}
-            taken = await self._take(partition, wanted)
-            for lease in taken.leases:
-                self._execute(lease, services, keeper)
-            is_dry = is_dry and bool(taken.ends)
-            ends |= taken.ends
+            for queues in self._groups:
+                wanted = self._room_for(queues)
+                if self._draining.is_set() or self._settings.concurrency <= self.running:
+                    return {}
+                if wanted <= 0:
+                    continue
+                taken = await self._take(partition, wanted, queues)
+                for lease in taken.leases:
+                    self._execute(lease, services, keeper)
+                is_dry = is_dry and bool(taken.ends)
+                ends |= taken.ends
         return ends if is_dry else {}
 
-    async def _take(self, partition: int, wanted: int) -> Taken:
+    @property
+    def _groups(self) -> list[tuple[str, ...]]:
+        """Queues that are taken from together: those without a limit of their own, and each that has one."""
+        shared = tuple(name for name in self._queues if name not in self._queue_limits)
+        return [*([shared] if shared else []), *((name,) for name in self._queue_limits)]
+
+    def _room_for(self, queues: tuple[str, ...]) -> int:
+        """How many jobs one take may bring.
+
+        Never all slots at once: some jobs run while others are on their way to Redis or back.
+        """
+        room = min(self._settings.concurrency - self.running, max(1, self._settings.concurrency // _SHARES))
+        if queues[0] in self._queue_limits:
+            room = min(room, self._queue_limits[queues[0]] - self._running_of[queues[0]])
+        return room
+
+    @property
+    def _is_limited(self) -> bool:
+        """Whether a queue is at its own limit: its next free slot must be heard of."""
+        return any(self._running_of[name] >= limit for name, limit in self._queue_limits.items())
+
+    async def _take(self, partition: int, wanted: int, queues: tuple[str, ...]) -> Taken:
         """One take; the number is used up only by an answer, so that a lost reply loses no job."""
-        taken = await self._store.work.take(
-            partition, self.id, self._numbers[partition], wanted, self._queues
-        )
+        taken = await self._store.work.take(partition, self.id, self._numbers[partition], wanted, queues)
         self._numbers[partition] += 1
         self._clock.set(taken.now_ms)
         metrics.JOBS_TAKEN.inc(len(taken.leases))
@@ -215,6 +256,7 @@ class Worker:
         key = (lease.job_id, lease.epoch)
         execution = Execution(lease, services, services.committers[partition_of_job(lease.job_id)])
         self._executions[key] = execution
+        self._running_of[lease.queue] += 1
         keeper.add(*key)
         task = asyncio.create_task(execution.run(), name=lease.job_id)
         self._tasks.add(task)
@@ -222,6 +264,7 @@ class Worker:
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             self._executions.pop(key, None)
+            self._running_of[lease.queue] -= 1
             keeper.remove(*key)
             self._processed += 1
             self._slot_freed.set()
@@ -229,6 +272,15 @@ class Worker:
                 log.error("job.crashed_execution", job_id=lease.job_id, exc_info=task.exception())
 
         task.add_done_callback(done)
+
+    async def _for_tickets(self, waiter: Any, ends: dict[str, str]) -> None:
+        """Wait for new tickets; where a queue is at its limit, not longer than until a job of it ends."""
+        block = jitter(self._settings.take_block)
+        tickets = self._store.work.wait_for_tickets(waiter, ends, block) if ends else asyncio.sleep(block)
+        if self._is_limited:
+            self._slot_freed.clear()
+            tickets = _first_of(tickets, self._slot_freed.wait())
+        await self._until_drained(tickets)
 
     async def _until_drained(self, waiting: Coroutine[Any, Any, Any]) -> None:
         """Wait for `waiting`, but not longer than until the drain begins."""
@@ -294,6 +346,17 @@ class Worker:
         await self._store.live.on_inbox(self._store.partitions, hear)
         await asyncio.get_running_loop().create_future()
 
+    def _is_struck(self, tool: str) -> bool:
+        return tool in self._struck
+
+    async def _watch_strikes(self) -> None:
+        """Know which tools an operator has struck; those that wait for one look again by themselves."""
+        while True:
+            with contextlib.suppress(StreamjobsError):
+                strikes = await self._store.strikes.all()
+                self._struck = frozenset(strike.name for strike in strikes if strike.scope == "tool")
+            await asyncio.sleep(jitter(self._settings.sweep_interval))
+
     async def _ask(self, key: LeaseKey) -> None:
         with contextlib.suppress(StreamjobsError):
             now_ms, renewals = await self._store.work.renew(partition_of_job(key[0]), [key])
@@ -318,6 +381,19 @@ class Worker:
             heartbeat_ms=self._clock.now_ms(),
             draining=self._draining.is_set(),
         )
+
+
+async def _first_of(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Wait for the first of several; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def cancel_all(tasks: set[asyncio.Task[None]]) -> None:
