@@ -183,11 +183,12 @@ class ApprovalRequested(Event, frozen=True, kw_only=True):
 
 
 class TimerSet(Event, frozen=True, kw_only=True):
-    """The job will be woken in `delay_ms`."""
+    """The job will be woken in `delay_ms`; a short sleep is kept `in_worker`, which writes its end itself."""
 
     type = "timer.set"
     key: str
     delay_ms: int
+    in_worker: bool = False
 
 
 class TimerFired(Event, frozen=True, kw_only=True):

@@ -258,10 +258,10 @@ class _Turn:
             extra=answer.extra,
         )
         fault("before_turn_completed")
-        self._journal.emit(event)
+        committed = self._journal.emit_tracked(event)
         for call in calls:
             self._journal.emit(_called(call, event))
-        await self._journal.commit()
+        await self._ctx.tell_in_turn(("turn", str(self._turn)), committed, event)
         metrics.TURNS.labels("completed").inc()
         metrics.TOKENS.labels("in").inc(answer.usage.input_tokens)
         metrics.TOKENS.labels("out").inc(answer.usage.output_tokens)

@@ -73,17 +73,20 @@ async def spawn(ctx: Context, kind: str, value: object, key: str, options: dict[
         raise Invalid(f"child {kind!r}: its input is not JSON: {error}") from error
     unique = ctx.unique(base)
     child_id = child_job_id(ctx.job_id, unique)
-    op = ("child", child_id)
-    if not ctx.replay.is_known(op):
-        ctx.replay.begin(op)
+    is_known = ctx.replay.is_known(("child", child_id))
+    child, op = Child(ctx, child_id, kind), ("spawn", child_id)
+    told = ctx.replay.begin(op)
+    if ctx.replay.has_outcome(op):
+        await told
+    elif not is_known:
         await ctx.begin_new()
         with ctx.replay.working():
             submission = _submission(ctx, kind, encoded, child_id, options)
             await patiently(lambda: ctx.store.jobs.submit(submission))
             fault("after_child_submitted")
             event = ev.ChildSpawned(ts=ctx.clock.now_ms(), job=child_id, key=unique, kind=kind)
-            ctx.journal.emit(event)
-    return Child(ctx, child_id, kind)
+            await ctx.record(op, event)
+    return child
 
 
 def _submission(

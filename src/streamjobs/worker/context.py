@@ -31,7 +31,7 @@ from streamjobs.retry import Retry
 from streamjobs.store import Lease, Store
 from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
-from streamjobs.worker.history import History, Occurrence, OpKey
+from streamjobs.worker.history import History, Occurrence, OpKey, artifact_op
 from streamjobs.worker.news import News
 from streamjobs.worker.patience import patiently
 from streamjobs.worker.recorder import Journal
@@ -40,7 +40,7 @@ from streamjobs.worker.steps import ONCE, Step
 from streamjobs.worker.toolcall import ToolCall, shown_arguments
 from streamjobs.worker.tools import ToolOutcome
 from streamjobs.worker.values import digest, encode_clean
-from streamjobs.worker.waits import approve, pause, wait_for
+from streamjobs.worker.waits import approve, sleep, wait_for
 
 if TYPE_CHECKING:
     from streamjobs.worker.chat import ChatResult
@@ -110,6 +110,7 @@ class Context:
         self._news = news
         self._surroundings = surroundings
         self._names: Counter[str] = Counter()
+        self._artifacts: Counter[str] = Counter()
 
     @property
     def job_id(self) -> str:
@@ -245,7 +246,7 @@ class Context:
 
     async def sleep(self, seconds: float, *, key: str = "") -> None:
         """Sleep: past a few seconds without a worker, and through any crash."""
-        await pause(self, self.unique(f"sleep:{key or f'{seconds:g}'}"), seconds)
+        await sleep(self, self.unique(f"sleep:{key or f'{seconds:g}'}"), seconds)
 
     async def wait_for(self, signal: str, *, timeout: float | None = None, default: Any = _RAISE) -> Json:
         """Wait for a signal of that name, also one that came before; its payload.
@@ -310,11 +311,16 @@ class Context:
         else:
             content, default = encode_clean(data), "application/json"
         made = self._artifact(name, content, media_type or default)
-        if self.history.emitted[f"{made.type} {name}"] > 0:
-            self.history.emitted[f"{made.type} {name}"] -= 1
+        op = self._artifact_op(name)
+        told = self.replay.begin(op)
+        if self.replay.has_outcome(op):
+            await told
             return made
+        await self.begin_new()
         with self.replay.working():
-            return await self.store_artifact(name, content, made.media_type)
+            await self._put_artifact(made, content)
+            await self.record(op, made)
+        return made
 
     def emit(self, name: str, data: Json = None) -> None:
         """Record an event of the workflow's own; viewers get it as `x.<name>` with `data`.
@@ -400,7 +406,7 @@ class Context:
     async def tell_in_turn(self, op: OpKey, committed: asyncio.Future[int], event: Event) -> None:
         """Return once an outcome is in the log and all that came before it there was told."""
         seq = await committed
-        if not self._news.is_behind and not self.replay.is_replaying:
+        if not self._news.is_behind and self.replay.passes():
             return
         self.replay.hold()
         try:
@@ -411,22 +417,35 @@ class Context:
         await self.replay.begin(op)
 
     async def store_artifact(self, name: str, content: bytes, media_type: str) -> ev.ArtifactCreated:
-        """Store bytes beside the log and say so in it."""
-        put = self.store.artifacts.put
-        await patiently(lambda: put(self.job_id, self.lease.epoch, name, media_type, content))
-        fault("after_artifact_stored")
+        """Store bytes beside the log, and say so in it where an earlier run did not."""
         event = self._artifact(name, content, media_type)
-        self._say(f"{event.type} {name}", event)
+        await self._put_artifact(event, content)
+        if not self.replay.has_outcome(self._artifact_op(name)):
+            self.journal.emit(event)
         return event
+
+    async def _put_artifact(self, made: ev.ArtifactCreated, content: bytes) -> None:
+        put = self.store.artifacts.put
+        await patiently(lambda: put(self.job_id, self.lease.epoch, made.name, made.media_type, content))
+        fault("after_artifact_stored")
+
+    def _artifact_op(self, name: str) -> OpKey:
+        self._artifacts[name] += 1
+        return artifact_op(name, self._artifacts[name])
 
     def _artifact(self, name: str, content: bytes, media_type: str) -> ev.ArtifactCreated:
         now = self.clock.now_ms()
         return ev.ArtifactCreated(ts=now, name=name, media_type=media_type, size=len(content), where="redis")
 
     async def read_artifact(self, job_id: str, name: str) -> bytes:
-        """The bytes of an artifact; waits while Redis is away."""
-        _, content = await patiently(lambda: self.store.artifacts.get(job_id, name))
-        return content
+        """The bytes of an artifact; waits while Redis is away, and nothing else is told meanwhile."""
+        self.replay.hold()
+        try:
+            with self.replay.working():
+                _, content = await patiently(lambda: self.store.artifacts.get(job_id, name))
+                return content
+        finally:
+            self.replay.release()
 
     def _tool(self, tool: str | Callable[..., Any]) -> Tool:
         return self.app.find_tool(tool)

@@ -24,6 +24,9 @@ from streamjobs.store import Entry
 OpKey = tuple[str, str]
 """What names an operation of a workflow: its kind and its key."""
 
+_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.ArtifactCreated
+"""What a new attempt of the job does again."""
+
 _INTERRUPTIONS = {
     "job.lost": "the worker before was lost",
     "job.retrying": "the attempt before failed",
@@ -85,6 +88,7 @@ class History:
         self.timers: dict[str, ev.TimerSet] = {}
         self.fired: Counter[str] = Counter()
         self.emitted: Counter[str] = Counter()
+        self.artifacts: Counter[str] = Counter()
         self.interruption = ""
         self.was_lost = False
 
@@ -130,6 +134,10 @@ class History:
                 self.timers[event.key] = event
             case ev.ChildSpawned():
                 self._begin(("child", event.job), seq)
+                self._occur(seq, ("spawn", event.job), event)
+            case ev.ArtifactCreated():
+                self.artifacts[event.name] += 1
+                self._occur(seq, artifact_op(event.name, self.artifacts[event.name]), event)
             case ev.ApprovalRequested():
                 self._begin(("approval", event.key), seq)
             case ev.JobRequeued(why="yield"):
@@ -145,7 +153,7 @@ class History:
             if isinstance(event, ev.TimerFired):
                 self.fired[event.key] += 1
             return
-        self.emitted[f"{kind} {event.name}" if isinstance(event, ev.ArtifactCreated) else kind] += 1
+        self.emitted[kind] += 1
         if kind in _INTERRUPTIONS:
             self.interruption = _INTERRUPTIONS[kind]
             self.was_lost = kind == ev.JobLost.type
@@ -164,14 +172,16 @@ class History:
     def _start_over(self) -> None:
         """An attempt failed: the next one does again what failed, and may take another way."""
         self.begun.clear()
-        for said in [said for said in self.emitted if said.startswith(ev.ArtifactCreated.type)]:
-            del self.emitted[said]  # what it makes this time may be another thing
-        failed = {one.op for one in self.occurrences if isinstance(one.event, ev.StepFailed | ev.ToolFailed)}
+        self.artifacts.clear()  # what it makes this time may be another thing
+        failed = {one.op for one in self.occurrences if isinstance(one.event, _DONE_AGAIN)}
         again = failed - self._chat_calls()
         self.occurrences = [one for one in self.occurrences if one.op not in again]
         self.outcomes -= again
         for kind, key in again:
-            (self.steps if kind == "step" else self.tools).pop(key, None)
+            if kind == "step":
+                self.steps.pop(key, None)
+            elif kind == "tool":
+                self.tools.pop(key, None)
 
     def _chat_calls(self) -> set[OpKey]:
         """Calls that a model asked for: what it was told of them stands."""
@@ -221,6 +231,11 @@ class History:
                 record.failed_attempt = event.attempt
             case _:
                 self._occur(seq, op, event)
+
+
+def artifact_op(name: str, number: int) -> OpKey:
+    """What names an artifact: the same name, and which one of that name."""
+    return "artifact", f"{number}:{name}"
 
 
 def occurrence_of(seq: int, event: Event) -> Occurrence | None:

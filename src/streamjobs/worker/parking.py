@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 0.01
 """Seconds that a job that is wanted back must have been idle: what was just told may ask for more."""
+_TURNS = 10
+"""Turns of the event loop that nothing may move in before a job is parked: time alone proves nothing where
+the loop stood still, and who was told something wakes up a few turns later."""
 
 
 class Parking:
@@ -83,12 +86,16 @@ class Parking:
         if self._task is not None:
             self._task.cancel()
 
-    def _look(self, replay: Replay, activity: int) -> None:
-        self._timer = None
+    def _look(self, replay: Replay, activity: int, turns: int = _TURNS) -> None:
+        if turns == _TURNS:
+            self._timer = None
         if not replay.is_idle or self.is_deciding or self._parked:
             return
         if replay.activity != activity or replay.is_replaying:
             self.consider()
+            return
+        if turns:
+            self._loop.call_soon(self._look, replay, activity, turns - 1)
             return
         self.is_deciding = True
         self._task = self._loop.create_task(self._park(replay), name="park")

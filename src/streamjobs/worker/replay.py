@@ -5,7 +5,7 @@ workflow has asked again for all that it had asked for before.
 Rule 2: nothing new begins before everything recorded was asked for again. What is not, within
 `replay_timeout`, means that the code was changed: `WorkflowChanged`, before anything else is done.
 Rule 3: an outcome of the workflow's own is told once it is committed, and behind the news from outside that
-came before it in the log.
+came before it in the log. Two that were committed together are told one after the other, as in a replay.
 
 A workflow's operations are asked for with `begin` and awaited as futures. While all it has are waits, its
 job may be parked; while that is being decided, nothing new begins.
@@ -70,6 +70,7 @@ class Replay:
         self._futures: dict[OpKey, asyncio.Future[Occurrence]] = {}
         self._mail: dict[str, deque[Occurrence]] = {}
         self._readers: dict[str, deque[asyncio.Future[Occurrence]]] = {}
+        self._queued: set[int] = set()
         self._is_telling = False
         self._held = 0
         self._moved = asyncio.Event()
@@ -142,18 +143,34 @@ class Replay:
     # --- telling
 
     def tell(self, occurrence: Occurrence) -> None:
-        """Take in what happened now; it is told in its place."""
-        heapq.heappush(self._ahead, occurrence)
-        self._touch()
+        """Take in what happened now; it is told in its place. What is read again in the log is not."""
+        if occurrence.seq not in self._queued:
+            self._queued.add(occurrence.seq)
+            heapq.heappush(self._ahead, occurrence)
+            self._touch()
 
     def hold(self) -> None:
         """Tell nothing, and begin nothing new, until `release`."""
         self._held += 1
 
     def release(self) -> None:
-        """Go on after `hold`."""
+        """Go on after `hold`, once whoever held has gone on."""
         self._held -= 1
-        self._touch()
+        self._moved.set()
+        self._tell_later()
+
+    def passes(self) -> bool:
+        """Whether an outcome that was just committed is next, and so is told by returning; see rule 1."""
+        if self._held or self._is_telling or self.is_replaying:
+            return False
+        self._tell_later()
+        return True
+
+    def _tell_later(self) -> None:
+        """Tell the next occurrence, if any, when who was told something last has gone on."""
+        if not self._is_telling:
+            self._is_telling = True
+            self._loop.call_soon(self._tell_next, _HOPS - 1)
 
     def _touch(self) -> None:
         """Something moved: see whether the next occurrence may be told."""
@@ -169,7 +186,9 @@ class Replay:
         if self._held or not self._ahead or not self._may_tell(self._ahead[0]):
             self._is_telling = False
             return
-        self._tell(heapq.heappop(self._ahead))
+        occurrence = heapq.heappop(self._ahead)
+        self._queued.discard(occurrence.seq)
+        self._tell(occurrence)
         self._moved.set()
         self._loop.call_soon(self._tell_next, _HOPS - 1)
 

@@ -18,7 +18,7 @@ from streamjobs.approvals import Decision
 from streamjobs.errors import WaitTimeout
 from streamjobs.events import Json
 from streamjobs.faults import fault
-from streamjobs.worker.history import Occurrence
+from streamjobs.worker.history import Occurrence, OpKey
 from streamjobs.worker.replay import Wait
 
 if TYPE_CHECKING:
@@ -27,14 +27,47 @@ if TYPE_CHECKING:
 _POLL = 0.25
 
 
+async def sleep(ctx: Context, key: str, seconds: float) -> None:
+    """Wait for `seconds`, by a timer of the store; a short while in memory, recorded all the same.
+
+    Otherwise a replay, which does not wait, would go on before what came first in the first run.
+    """
+    op = ("timer", key)
+    known = ctx.history.timers.get(key) if ctx.replay.is_known(op) else None
+    is_short = seconds <= ctx.settings.park_after if known is None else known.in_worker
+    if is_short:
+        await _doze(ctx, op, seconds)
+    else:
+        await _wait_for_timer(ctx, key, seconds)
+
+
+async def _doze(ctx: Context, op: OpKey, seconds: float) -> None:
+    is_known = ctx.replay.is_known(op)
+    told = ctx.replay.begin(op)
+    if ctx.replay.has_outcome(op):
+        await told
+        return
+    if not is_known:
+        await ctx.begin_new()
+        delay = max(0, round(seconds * 1000))
+        ctx.journal.emit_soon(ev.TimerSet(ts=ctx.clock.now_ms(), key=op[1], delay_ms=delay, in_worker=True))
+    with ctx.replay.working():
+        await asyncio.sleep(seconds)
+        await ctx.record(op, ev.TimerFired(ts=ctx.clock.now_ms(), key=op[1]))
+
+
 async def pause(ctx: Context, key: str, seconds: float) -> None:
-    """Wait for `seconds`: a short while in memory, a longer one, or one that is recorded, by a timer."""
+    """Wait for `seconds` within an operation: a short while is not recorded, as its outcome will be."""
     if seconds > ctx.settings.park_after or ctx.replay.is_known(("timer", key)):
-        timer, wait = await begin_timer(ctx, key, seconds)
-        await ctx.replay.wait(wait, timer)
+        await _wait_for_timer(ctx, key, seconds)
     elif not ctx.replay.is_replaying:
         with ctx.replay.working():
             await asyncio.sleep(seconds)
+
+
+async def _wait_for_timer(ctx: Context, key: str, seconds: float) -> None:
+    timer, wait = await begin_timer(ctx, key, seconds)
+    await ctx.replay.wait(wait, timer)
 
 
 async def begin_timer(ctx: Context, key: str, seconds: float) -> tuple[asyncio.Future[Occurrence], Wait]:
