@@ -200,7 +200,9 @@ async def test_an_unknown_path_and_a_wrong_method_are_problems(served: Served):
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     answer = await served.client.put("/v1/jobs")
     assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
+    answer = await served.client.post(f"/v1/jobs/{NOBODY}/effects")
+    assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, {"GET", "HEAD"})
 
 
 async def test_every_answer_has_the_security_headers(served: Served):

@@ -11,6 +11,7 @@ import pytest
 from streamjobs import App, Context
 from streamjobs import events as ev
 from streamjobs.events import ErrorInfo
+from streamjobs.store import Submission
 from tests.conftest import RedisProcess
 from tests.integration.gateway import Script, Served, serving
 
@@ -23,10 +24,71 @@ async def served(redis: RedisProcess) -> AsyncIterator[Served]:
         yield gateway
 
 
-async def get(served: Served, path: str, status: int = 200, **query: Any) -> Any:
+async def get(served: Served, path: str, expected: int = 200, /, **query: Any) -> Any:
     answer = await served.client.get(path, params=query)
-    assert answer.status_code == status, answer.text
+    assert answer.status_code == expected, answer.text
     return answer.json()
+
+
+# --- the owner's jobs
+
+
+async def submitted(served: Served, owner: str, *kinds: str) -> list[str]:
+    """Jobs of these kinds, newest first."""
+    jobs = served.store.jobs
+    return [(await jobs.submit(Submission(kind=kind, owner=owner))).job_id for kind in kinds][::-1]
+
+
+async def test_an_owner_sees_his_own_jobs_newest_first(served: Served):
+    """Whoever has lost an id has lost the job; and sees everybody else's."""
+    mine, other = await submitted(served, "alice", "a", "b"), await submitted(served, "bob", "a")
+    alice, bob = {"x-streamjobs-owner": "alice"}, {"x-streamjobs-owner": "bob"}
+    found = (await served.client.get("/v1/jobs", headers=alice)).json()
+    assert [job["id"] for job in found["jobs"]] == mine
+    assert found["cursor"] == ""
+    assert [job["id"] for job in (await served.client.get("/v1/jobs", headers=bob)).json()["jobs"]] == other
+    newest = found["jobs"][0]
+    assert (newest["kind"], newest["status"], newest["owner"], newest["queue"]) == (
+        "b",
+        "queued",
+        "alice",
+        "default",
+    )
+    assert abs(newest["created_ms"] - await served.store.now_ms()) < 60_000
+    assert (await get(served, "/v1/jobs"))["jobs"] == []
+
+
+async def test_jobs_are_chosen_and_paged(served: Served):
+    """The failed one would have to be looked for among thousands."""
+    ids = await submitted(served, "anonymous", *"abcab")
+    await served.store.jobs.cancel(ids[1])
+    assert [job["id"] for job in (await get(served, "/v1/jobs", kind="a"))["jobs"]] == [ids[1], ids[4]]
+    assert [job["id"] for job in (await get(served, "/v1/jobs", status="cancelled"))["jobs"]] == [ids[1]]
+    assert (await get(served, "/v1/jobs", status="failed"))["jobs"] == []
+    found, cursor = list[str](), ""
+    for _ in range(10):
+        page = await get(served, "/v1/jobs", limit="2", cursor=cursor)
+        found += [job["id"] for job in page["jobs"]]
+        cursor = page["cursor"]
+        if not cursor:
+            break
+    assert found == ids
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "field"),
+    [
+        ({"status": "dead"}, 422, "status"),
+        ({"limit": "501"}, 422, "limit"),
+        ({"stauts": "failed"}, 422, "stauts"),
+        ({"cursor": "x"}, 400, None),
+    ],
+)
+async def test_a_list_is_refused_what_it_does_not_know(
+    served: Served, query: dict[str, str], status: int, field: str | None
+):
+    """A mistyped filter would show everything, as if it all were what was looked for."""
+    assert (await get(served, "/v1/jobs", status, **query)).get("field") == field
 
 
 # --- result

@@ -198,7 +198,20 @@ async def test_what_cannot_be_struck_is_refused(served: Served, path: str, code:
     assert (await call(served, "GET", "/v1/strikes"))["strikes"] == []
 
 
-# --- workers
+# --- queues and workers
+
+
+async def test_queues_say_what_waits(served: Served):
+    """Nobody could tell whether to start more workers, and for what."""
+    for _ in range(3):
+        await served.store.jobs.submit(Submission(kind="work", queue="bulk"))
+    await served.script(queue="default", priority="high")
+    await call(served, "PUT", "/v1/strikes/queue/bulk")
+    default, bulk = (await call(served, "GET", "/v1/queues"))["queues"]
+    assert (default["name"], bulk["name"]) == ("default", "bulk")
+    assert default["running"] + bulk["running"] == 1
+    assert default["waiting"] + bulk["waiting"] == 3
+    assert (bulk["struck"], default["struck"], bulk["oldest_wait"] >= 0) == (True, False, True)
 
 
 async def test_workers_are_listed(served: Served):

@@ -14,8 +14,9 @@ from collections.abc import Callable, Generator
 
 import structlog
 import uvloop
+from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamjobs.config import Settings
 from streamjobs.gateway.act import ActRoutes
@@ -79,7 +80,26 @@ class Gateway:
 
 def routed(routes: list[Route]) -> ASGIApp:
     """An ASGI app of these routes; what they do not have and what goes wrong become problem documents."""
-    return Edge(Router(routes, redirect_slashes=False))
+    return Edge(Router([*routes, *_other_methods(routes)], redirect_slashes=False))
+
+
+def _other_methods(routes: list[Route]) -> list[Route]:
+    """For paths with several routes: by itself each would name its own methods only in `Allow`."""
+    methods: dict[str, list[set[str]]] = {}
+    for route in routes:
+        methods.setdefault(route.path, []).append(route.methods or set())
+    shared = {path: set[str]().union(*each) for path, each in methods.items() if len(each) > 1}
+    return [Route(path, _Refusal(", ".join(sorted(allowed)))) for path, allowed in shared.items()]
+
+
+class _Refusal:
+    """An ASGI app; a plain function would get GET only."""
+
+    def __init__(self, allow: str) -> None:
+        self._allow = allow
+
+    async def __call__(self, _scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise HTTPException(405, headers={"Allow": self._allow})
 
 
 class Stop:

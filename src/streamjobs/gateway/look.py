@@ -20,11 +20,14 @@ from streamjobs.effects import Ledger
 from streamjobs.events import JobLog, decode_event
 from streamjobs.gateway.answers import answer, etag, viewed
 from streamjobs.gateway.hub import Hub
-from streamjobs.gateway.requests import is_known, parameters_of, seconds_of, seq_of
+from streamjobs.gateway.requests import Label, is_known, owner_of, parameters_of, seconds_of, seq_of
+from streamjobs.job import Status
 from streamjobs.store import JobRecord, Store
 
 _LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 4}
 _MAX_LINES = 10_000
+_MAX_PAGES = 10
+"""Pages that one request for a list looks through for what fits its filter."""
 
 
 class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,8 +37,21 @@ class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     limit: Annotated[int, msgspec.Meta(ge=1, le=_MAX_LINES)] = 1000
 
 
+class JobsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which of the owner's jobs."""
+
+    status: Status | None = None
+    kind: Label = ""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 50
+    cursor: Label = ""
+
+    def fits(self, job: JobRecord) -> bool:
+        """Whether a job is among them."""
+        return self.status in {None, job.status} and self.kind in {"", job.kind}
+
+
 class LookRoutes:
-    """The routes that only read, of single jobs."""
+    """The routes that only read, of jobs."""
 
     def __init__(self, store: Store, hub: Hub, settings: Settings) -> None:
         self._store = store
@@ -46,12 +62,26 @@ class LookRoutes:
         """What a router needs."""
         job = "/v1/jobs/{id}"
         return [
+            Route("/v1/jobs", self.jobs, methods=["GET"]),
             Route(job, self.view, methods=["GET"]),
             Route(f"{job}/result", self.result, methods=["GET"]),
             Route(f"{job}/log", self.log, methods=["GET"]),
             Route(f"{job}/effects", self.effects, methods=["GET"]),
             Route(f"{job}/artifacts/{{name}}", self.artifact, methods=["GET"]),
         ]
+
+    async def jobs(self, request: Request) -> Response:
+        """The owner's recent jobs, newest first. A page may be short; the last has no cursor."""
+        asked = parameters_of(request, JobsQuery)
+        found, cursor = list[dict[str, Any]](), asked.cursor
+        for _ in range(_MAX_PAGES):
+            page, cursor = await self._store.jobs.recent(
+                owner_of(request), limit=asked.limit - len(found), before=cursor
+            )
+            found += [_head_of(job) for job in page if asked.fits(job)]
+            if not cursor or len(found) == asked.limit:
+                break
+        return answer({"jobs": found, "cursor": cursor})
 
     async def view(self, request: Request) -> Response:
         """Show a job: as it stands, `?at=<seq>` as it stood, `?wait=N` at its end, `&after=` at news."""
@@ -122,6 +152,19 @@ class LookRoutes:
             return record
         await self._hub.wait_for(record.job_id, seconds, after)
         return await self._store.jobs.get(record.job_id)
+
+
+def _head_of(job: JobRecord) -> dict[str, Any]:
+    return {
+        "id": job.job_id,
+        "kind": job.kind,
+        "status": job.status,
+        "owner": job.owner,
+        "queue": job.queue,
+        "created_ms": job.created_ms,
+        "cursor": str(job.last),
+        "cancel_requested": job.cancel_requested,
+    }
 
 
 def _line(cursor: Cursor, line: JobLog) -> dict[str, Any]:

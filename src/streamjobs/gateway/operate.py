@@ -85,6 +85,7 @@ class OperateRoutes:
         strike = "/v1/strikes/{scope}/{name}"
         return [
             Route("/v1/workers", self.workers, methods=["GET"]),
+            Route("/v1/queues", self.queues, methods=["GET"]),
             Route("/v1/dead", self.dead, methods=["GET"]),
             Route("/v1/dead/rerun", self.rerun_dead, methods=["POST"]),
             Route("/v1/strikes", self.strikes, methods=["GET"]),
@@ -97,6 +98,10 @@ class OperateRoutes:
     async def workers(self, _request: Request) -> Response:
         """Every worker whose heartbeat is recent, as it last described itself."""
         return answer({"workers": await self._store.workers.all(), "now_ms": await self._store.now_ms()})
+
+    async def queues(self, _request: Request) -> Response:
+        """What waits, is held and runs in each queue; `oldest_wait` in seconds."""
+        return answer({"queues": await self._store.queues.all()})
 
     async def dead(self, request: Request) -> Response:
         """Failed jobs that nobody ran again, newest first. A page may be short; the last has no cursor."""
