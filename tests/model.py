@@ -94,6 +94,7 @@ class NewJob:
     idem: str = ""
     body: str = ""
     parent: str = ""
+    tick: str = ""
     fields: dict[str, Any] = field(default_factory=lambda: {"kind": "work"})
 
 

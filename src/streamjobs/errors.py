@@ -73,6 +73,30 @@ class JobNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class ScheduleNotFound(StreamjobsError):
+    """No such schedule: never made, deleted, or somebody else's."""
+
+    code, http_status = "not_found", 404
+
+
+class TooManySchedules(Invalid):
+    """The owner has as many schedules as there may be."""
+
+    code = "too_many_schedules"
+
+
+class TickTaken(StreamjobsError):
+    """The tick has its job already, or the schedule was paused or deleted. Nothing is left to do."""
+
+    code, http_status = "tick_taken", 409
+
+
+class Overlapping(StreamjobsError):
+    """The job of an earlier tick is live, and the schedule wants one at a time. This tick gives none."""
+
+    code, http_status = "overlapping", 409
+
+
 class ArtifactNotFound(JobNotFound):
     """The job is there and has no artifact of that name."""
 

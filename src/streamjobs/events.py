@@ -64,7 +64,10 @@ class ToolCallRequest(msgspec.Struct, frozen=True):
 
 
 class JobQueued(Event, frozen=True, kw_only=True):
-    """A job was submitted; everything needed to start it."""
+    """A job was submitted; everything needed to start it.
+
+    `schedule` made it, for the instant `tick_ms`, or out of turn without one.
+    """
 
     type = "job.queued"
     kind: str
@@ -83,6 +86,7 @@ class JobQueued(Event, frozen=True, kw_only=True):
     depth: int = 0
     rerun_of: str = ""
     schedule: str = ""
+    tick_ms: int = 0
     start_timeout_ms: int = 0
     input: msgspec.Raw = msgspec.Raw(b"null")
 

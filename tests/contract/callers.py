@@ -32,6 +32,7 @@ SCRIPTS: dict[str, Script] = {
     "submit": Scripts.SUBMIT, "take": Scripts.TAKE, "append": Scripts.APPEND, "always": Scripts.APPEND_ALWAYS,
     "renew": Scripts.RENEW, "wake": Scripts.WAKE, "cancel": Scripts.CANCEL, "signal": Scripts.SIGNAL,
     "pause": Scripts.PAUSE, "resume": Scripts.RESUME, "inspect": Scripts.INSPECT,
+    "schedule": Scripts.SCHEDULE,
     "artifact": Scripts.ARTIFACT, "permit": Scripts.PERMIT,
 }  # fmt: skip
 
@@ -113,4 +114,4 @@ class ScriptCaller:
 
 def submit_row(row: NewJob) -> list[str | bytes | int]:
     head = [row.id, row.owner, row.kind, row.queue, row.priority, row.delay, row.start_timeout, row.timeout]
-    return [*head, row.ckey, row.idem, row.body, row.parent, wire(row.fields)]
+    return [*head, row.ckey, row.idem, row.body, row.parent, wire(row.fields), row.tick]

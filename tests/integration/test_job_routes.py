@@ -9,7 +9,7 @@ import pytest
 
 from streamjobs.app import App
 from streamjobs.events import JobProgress
-from streamjobs.gateway.jobs import JobRoutes
+from streamjobs.gateway.act import ActRoutes
 from tests.conftest import RedisProcess
 from tests.integration.gateway import Served, serving
 
@@ -159,7 +159,7 @@ async def test_what_has_completed_cannot_be_cancelled(served: Served):
 
 async def test_a_signal_is_in_the_log_once_for_its_key(served: Served):
     script = await served.script()
-    body = {"name": "approval", "payload": {"ok": True}, "key": "k1"}
+    body = {"name": "ready", "payload": {"ok": True}, "key": "k1"}
     first = await served.client.post(f"/v1/jobs/{script.id}/signal", json=body)
     again = await served.client.post(f"/v1/jobs/{script.id}/signal", json=body)
     assert (first.json()["repeated"], again.json()["repeated"]) == (False, True)
@@ -216,7 +216,7 @@ async def test_an_unforeseen_error_shows_nothing_of_the_inside(
     async def broken(*_: object) -> None:
         raise RuntimeError("the password is hunter2")
 
-    monkeypatch.setattr(JobRoutes, "signal", broken)
+    monkeypatch.setattr(ActRoutes, "signal", broken)
     async with serving(redis.url, App()) as served:
         answer = await served.client.post(f"/v1/jobs/{NOBODY}/signal", json={"name": "a"})
         assert (answer.status_code, answer.json()["code"]) == (500, "internal")

@@ -27,7 +27,19 @@ from streamjobs.client.client import Client
 from streamjobs.config import Settings
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
-COMMANDS = ["cancel", "demo", "dev", "doctor", "provider", "serve", "status", "submit", "watch", "worker"]
+COMMANDS = [
+    "cancel",
+    "demo",
+    "dev",
+    "doctor",
+    "provider",
+    "schedules",
+    "serve",
+    "status",
+    "submit",
+    "watch",
+    "worker",
+]
 HEAVY = [
     "starlette",
     "aiohttp",

@@ -37,6 +37,9 @@ NAMES = {
     "sj:{0}:take:w1": ("string", "ttl"),
     "sj:{0}:worker:w1": ("string", "ttl"),
     "sj:{0}:workers": ("zset", "live"),
+    "sj:{0}:schedule:s0-abcdefghijklmnopqrstuvwxy2": ("hash", "live"),
+    "sj:{0}:schedules": ("zset", "live"),
+    "sj:{0}:owner:anna:schedules": ("zset", "live"),
 }
 
 

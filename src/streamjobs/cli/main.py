@@ -15,6 +15,7 @@ from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.jobs import cancel, status, submit, watch
 from streamjobs.cli.roles import dev, provider, serve, worker
+from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
 
 
@@ -40,7 +41,7 @@ def cli(context: click.Context, debug: bool) -> None:
     context.obj = {"debug": debug}
 
 
-for command in (dev, demo, serve, worker, submit, watch, status, cancel, provider, doctor):
+for command in (dev, demo, serve, worker, submit, watch, status, cancel, provider, doctor, schedules):
     cli.add_command(command)
 
 

@@ -19,6 +19,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from streamjobs.client.schedules import SchedulesClient
 from streamjobs.cursor import Cursor, parse_cursor
 from streamjobs.errors import InvalidCursor, StreamjobsError
 from streamjobs.events import TERMINAL, Json
@@ -76,6 +77,7 @@ class Client:
         except httpx.InvalidURL as error:
             raise GatewayUnreachable(f"not an address: {base_url} ({error})") from error
         self._patience = patience
+        self.schedules = SchedulesClient(self._call)
 
     async def __aenter__(self) -> Self:
         return self

@@ -18,11 +18,16 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from streamjobs.config import Settings
+from streamjobs.gateway.act import ActRoutes
+from streamjobs.gateway.catalog import CatalogRoutes
 from streamjobs.gateway.edge import Edge
 from streamjobs.gateway.events import Events
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.jobs import JobRoutes, Registry
+from streamjobs.gateway.look import LookRoutes
+from streamjobs.gateway.operate import OperateRoutes
 from streamjobs.gateway.probes import Probes
+from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
@@ -42,10 +47,17 @@ class Gateway:
         self._sweeper = Sweeper(store)
         self._sweeping: asyncio.Task[None] | None = None
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
-        jobs = JobRoutes(store, self.hub, registry, settings).routes()
-        events = Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"])
+        api = [
+            *JobRoutes(store, self.hub, registry, settings).routes(),
+            *LookRoutes(store, self.hub, settings).routes(),
+            Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
+            *ActRoutes(store, settings).routes(),
+            *ScheduleRoutes(store, registry, settings).routes(),
+            *CatalogRoutes(registry).routes(),
+            *OperateRoutes(store).routes(),
+        ]
         self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*jobs, events, *([] if settings.ops_port else probes)])
+        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)])
 
     async def start(self) -> None:
         """Start the loops."""

@@ -12,11 +12,13 @@ from streamjobs.errors import ConfigError
 from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
-from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
+from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.permits import Permit, Permits
+from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -37,10 +39,14 @@ __all__ = [
     "Permits",
     "Receipt",
     "Renewal",
+    "ScheduleRecord",
+    "Schedules",
     "Store",
     "Submission",
     "Sweep",
     "Taken",
+    "Tick",
+    "Ticks",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -65,6 +71,8 @@ class Store:
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
         self.workers = Workers(client, settings)
+        self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
+        self.ticks = Ticks(self.schedules, self.jobs)
         self.live = Live(self._subscriber)
 
     @classmethod

@@ -23,7 +23,10 @@ from streamjobs.errors import (
     JobEnded,
     JobNotFound,
     LimitExceeded,
+    Overlapping,
+    ScheduleNotFound,
     StreamjobsError,
+    TickTaken,
     TooDeep,
     TooManyChildren,
     UnknownQueue,
@@ -36,6 +39,22 @@ from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BATCH = 500
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """What a submission is to a schedule: accepted only while the schedule waits for `due_ms`.
+
+    `next_ms` is what it waits for afterwards. Without `due_ms` the job comes out of turn, and only needs the
+    schedule to be there.
+    """
+
+    schedule_id: str
+    due_ms: int = 0
+    next_ms: int = 0
+
+    def guard(self) -> str:
+        """Its part of a submission's row."""
+        return f"{self.schedule_id} {self.due_ms or '-'} {self.next_ms or '-'}"
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +81,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes = b""
     job_id: str = ""
     parent: str = ""
+    tick: Tick | None = None
 
 
 class Receipt(NamedTuple):
@@ -101,9 +121,14 @@ class Jobs:
         """Submit one job.
 
         Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`; of a child
-        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`.
+        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`;
+        with a `tick` also `ScheduleNotFound`, `TickTaken`, `Overlapping`.
         """
         return (await self.submit_many([submission]))[0]
+
+    def check(self, submission: Submission) -> None:
+        """Raise what `submit` would raise before it asks Redis."""
+        self._row(submission)
 
     async def submit_many(self, submissions: Iterable[Submission]) -> list[Receipt]:
         """Submit many, in one call for each partition and 500 jobs; same order, errors as `submit`.
@@ -144,6 +169,7 @@ class Jobs:
             hashlib.blake2b(sub.body or event, digest_size=16).hexdigest() if sub.idempotency_key else "",
             sub.parent,
             event,
+            sub.tick.guard() if sub.tick else "",
         ]
         return partition, row
 
@@ -248,6 +274,8 @@ def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
         max_attempts=sub.max_attempts,
         concurrency_key=sub.concurrency_key,
         parent=sub.parent,
+        schedule=sub.tick.schedule_id if sub.tick else "",
+        tick_ms=sub.tick.due_ms if sub.tick else 0,
         input=msgspec.Raw(_one_line_json(sub.input)),
     )
 
@@ -282,7 +310,17 @@ def _receipt(answer: list[Any]) -> Receipt:
         raise JobNotFound("no such parent")
     if verdict == "parent":
         raise JobEnded(f"the parent takes no more children: {rest[0]}")
+    if verdict == "tick":
+        raise _refused_tick(rest[0])
     raise StreamjobsError(f"submit: {rest[0]}")
+
+
+def _refused_tick(why: str) -> StreamjobsError:
+    if why == "gone":
+        return ScheduleNotFound("no such schedule")
+    if why == "overlap":
+        return Overlapping("the job of an earlier tick is live, so this one gives none")
+    return TickTaken("the schedule does not wait for this tick")
 
 
 def _fields(**values: Json) -> bytes:

@@ -115,6 +115,8 @@ class Scripts:
     SIGNAL: ClassVar = Script("signal")
     PAUSE: ClassVar = Script("pause", "allow-oom")
     RESUME: ClassVar = Script("resume", "allow-oom")
+    SCHEDULE: ClassVar = Script("schedule")
+    SCHEDULE_ALWAYS: ClassVar = Script("schedule", "allow-oom")
     ARTIFACT: ClassVar = Script("artifact")
     PERMIT: ClassVar = Script("permit", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")

@@ -87,10 +87,12 @@ class Worker:
     async def run(self) -> None:
         """Work until drained. Cancelling drops everything at once, as kill -9 does.
 
-        Raises `StoreUnavailable` where Redis cannot be reached at the start.
+        Raises `StoreUnavailable` where Redis cannot be reached at the start, and `Invalid` for a schedule of
+        the App that does not fit the settings, as one of an unknown queue.
         """
         metrics.JOBS_RUNNING.set_function(lambda: self.running)
         self._clock.set(await self._store.now_ms())
+        await self._store.schedules.declare(self._app.name, self._app.schedules.values())
         self._started_ms = self._clock.now_ms()
         providers = Providers(self._settings)
         committers = {p: Committer(self._store.work, p, self._settings) for p in self._store.partitions}

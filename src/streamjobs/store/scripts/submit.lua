@@ -1,12 +1,17 @@
 -- submit: new jobs; each gets its log, its hash, and a ticket, a timer or a hold.
--- ARGV 2 n, then per row 13: id, owner, kind, queue, priority, delay, start_timeout, timeout, ckey, idem, body, parent, event
+-- ARGV 2 n, then per row 14: id, owner, kind, queue, priority, delay, start_timeout, timeout, ckey, idem, body, parent, event,
+--   tick
 --   ckey, idem: digests scoped to the owner, or ''; body: digest of the request; durations in ms, 0 for none;
 --   event: job.queued as JSON without ts
+--   tick: '' or "schedule due next": the schedule must wait for the tick `due`, and then waits for `next`; both are '-'
+--   for a job out of turn, which needs the schedule only
 -- row: {"ok", id, cursor} | {"same", id, cursor} (this submission came before) | {"mismatch", id}
 --      (its key came with another body) | {"parent", status} (the parent takes no more children, is gone, or is
 --      "foreign": its owner is another) | {"depth"|"children", the most there may be} | {"error", why}
+--      | {"tick", "gone"} | {"tick", "moved"} (somebody had it, or it is paused) | {"tick", "overlap"} (skipped: the
+--      job before is live)
 
-local WIDTH = 13
+local WIDTH = 14
 
 local function first_cursor(id, created) return '1-' .. (created or '0') end
 
@@ -49,10 +54,38 @@ local function place(job, delay, start_timeout, queued)
   arm(job)
 end
 
+-- What becomes of the job's schedule, or the refusal. A skipped tick is written here: nothing else of it will be.
+local function turn_of(tick)
+  local id, due, after = string.match(tick, '^(%S+) (%S+) (%S+)$')
+  local turn = { id = id, due = due, after = after, key = PREFIX .. 'schedule:' .. id, waiting = PREFIX .. 'schedules' }
+  local known = redis.call('HMGET', turn.key, 'owner', 'overlap', 'last_job')
+  if not known[1] then return nil, { 'tick', 'gone' } end
+  if due == '-' then return turn end
+  if tonumber(redis.call('ZSCORE', turn.waiting, id) or -1) ~= tonumber(due) then return nil, { 'tick', 'moved' } end
+  if known[2] == 'skip' and known[3] then
+    local status = redis.call('HGET', PREFIX .. 'job:' .. known[3], 'status')
+    if status and not ENDED[status] then
+      redis.call('ZADD', turn.waiting, after, id)
+      redis.call('HINCRBY', turn.key, 'skipped', 1)
+      return nil, { 'tick', 'overlap' }
+    end
+  end
+  return turn
+end
+
+local function take_turn(turn, job)
+  if turn.due ~= '-' then
+    redis.call('ZADD', turn.waiting, turn.after, turn.id)
+    redis.call('HSET', turn.key, 'last_tick', turn.due, 'error', '')
+  end
+  redis.call('HSET', turn.key, 'last_job', job)
+  redis.call('HINCRBY', turn.key, 'runs', 1)
+end
+
 local function submit(at)
   local id, owner, kind, queue, priority = unpack(ARGV, at, at + 4)
   local delay, start_timeout, timeout = tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6]), tonumber(ARGV[at + 7])
-  local ckey, idem, body, parent, event = unpack(ARGV, at + 8, at + 12)
+  local ckey, idem, body, parent, event, tick = unpack(ARGV, at + 8, at + 13)
   local answer = repeated(id, idem, body)
   if answer then return answer end
   local family
@@ -60,6 +93,12 @@ local function submit(at)
     family = fetch(parent)
     local refused = orphaned(family, owner)
     if refused then return refused end
+  end
+  local turn
+  if tick ~= '' then
+    local refusal
+    turn, refusal = turn_of(tick)
+    if refusal then return refusal end
   end
 
   local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changes = {}, at = {}, lines = {} }
@@ -93,6 +132,7 @@ local function submit(at)
     put(family, 'family', '1')
     save(family)
   end
+  if turn then take_turn(turn, id) end
   return { 'ok', id, job.h.last }
 end
 
