@@ -129,7 +129,7 @@ async def _follow(stream: StreamReader, tell: Tell) -> str:
     async for line in _lines(stream):
         match = _PROGRESS.search(line)
         if match is None:
-            last_words.append(line)
+            last_words.extend([line] if line.strip() else [])
             continue
         start, end = PHASES[match[1]]
         percent = start + (end - start) * int(match[2]) // 100
