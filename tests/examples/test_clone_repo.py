@@ -14,8 +14,7 @@ from examples.clone_repo import Clone, is_there
 from streamjobs.errors import Invalid
 from tests.conftest import RedisProcess, wait_until
 from tests.examples.conftest import commit, noise
-from tests.harness import one_end, talking, worker_process
-from tests.harness import lab as a_lab
+from tests.harness import lab, one_end, sweeping, talking, worker_process, working
 
 SLOW_SERVER = """#!/bin/sh
 echo $$ >> {pids}
@@ -101,13 +100,13 @@ async def test_a_killed_worker_leaves_no_half_clone_behind(
     redis: RedisProcess, tmp_path: Path, repository: Path, pids: Path
 ):
     """After kill -9 the next worker would meet a half clone and call it the repository, or fail for ever."""
-    async with a_lab(redis.url) as bench:
+    async with lab(redis.url) as bench, sweeping(bench.store):
         job_id = await bench.submit("clone_repo", {"url": f"file://{repository}"})
         with worker_process(bench.store.settings, "examples.app:app") as worker:
             await bench.until(job_id, "job.progress", 5)
             worker.kill()
         assert [name[0] for name in clones(tmp_path)] == ["."], "a hidden half clone is left"
-        with worker_process(bench.store.settings, "examples.app:app"):
+        async with working(bench.store, app):
             view = await bench.ended(job_id, timeout=30.0)
     assert view.status == "completed", view.error
     assert view.result["files"] == 128

@@ -14,7 +14,7 @@ from examples.app import app
 from examples.import_transcript import MAX_LINE, Source, import_batch
 from streamjobs import Permanent
 from tests.conftest import RedisProcess
-from tests.harness import lab, talking, worker_process
+from tests.harness import lab, sweeping, talking, worker_process, working
 
 LINES = 200_000
 
@@ -36,14 +36,14 @@ def query(database: str, sql: str) -> list[Any]:
 async def test_a_killed_import_goes_on_at_its_last_batch(redis: RedisProcess, root: Path):
     """An import of an hour would begin again after each deployment, or lose and double lines."""
     write(root / "talk.jsonl", LINES)
-    async with lab(redis.url) as bench:
+    async with lab(redis.url) as bench, sweeping(bench.store):
         job_id = await bench.submit("import_transcript", {"path": "talk.jsonl"})
         with worker_process(bench.store.settings, "examples.app:app") as worker:
             await bench.until(job_id, "step.completed", 8)
             worker.kill()
         before = [event for event in await bench.log(job_id) if event.type == "step.completed"]
         assert len(before) < 41, "it was killed in the middle"
-        with worker_process(bench.store.settings, "examples.app:app"):
+        async with working(bench.store, app):
             view = await bench.ended(job_id, timeout=40.0)
         log = await bench.log(job_id)
         await bench.healthy()
