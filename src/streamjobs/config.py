@@ -102,6 +102,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     owner_feed_bytes: int = 2048
     """Contents over this size are left out of the owner's feed; they are in the job's log."""
 
+    # --- projections
+    projections: tuple[str, ...] = ("index", "stats")
+    """Those that a projector runs (also within `dev` and `demo`). As text: separated by commas."""
+    projector_concurrency: int = 16
+    """Jobs that one projector folds at once."""
+
     # --- worker
     concurrency: int = 400
     """Jobs that one worker process runs at once."""
@@ -274,7 +280,7 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights"}:
+    if name not in {"queues", "priority_weights", "projections"}:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -310,6 +316,7 @@ _POSITIVE = (
     "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "provider_attempts",
+    "projector_concurrency",
 )  # fmt: skip
 
 
@@ -323,5 +330,7 @@ def _check_choices(settings: Settings) -> None:
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:
         raise ConfigError("setting 'priority_weights': three weights of 0 or more, not all 0")
+    if len(set(settings.projections)) != len(settings.projections):
+        raise ConfigError("setting 'projections': each once")
     if settings.provider not in {"", "openai", "anthropic"}:
         raise ConfigError("setting 'provider': openai or anthropic")

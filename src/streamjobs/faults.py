@@ -42,7 +42,10 @@ WORKFLOW_POINTS = (
 )
 """What a workflow passes beside those."""
 
-POINTS = CHAT_POINTS + WORKFLOW_POINTS
+PROJECTOR_POINTS = ("after_notes_read", "after_advance", "before_ack")
+"""What a projector passes with each batch of notes."""
+
+POINTS = CHAT_POINTS + WORKFLOW_POINTS + PROJECTOR_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

@@ -237,6 +237,17 @@ def _waits_for_a_timer(event: Event) -> bool:
             return False
 
 
+def status_after(status: Status, event: Event) -> Status:
+    """Where a job is after an event that is not its first. Raises `InvalidTransition`."""
+    kind = type(event)
+    if kind not in _MOVES:
+        return status
+    after = TRANSITIONS[status].get(kind)
+    if after is None:
+        raise InvalidTransition(f"{kind.type} while {status}")
+    return Status.SCHEDULED if _waits_for_a_timer(event) else after
+
+
 class _Turn:
     """A turn as it is folded: what is known, and the pieces of what it says."""
 
@@ -344,12 +355,7 @@ class Fold:
             raise InvalidTransition(f"{kind.type} after the job {status}")
         if kind is ev.JobQueued:
             raise InvalidTransition("job.queued twice")
-        if kind not in _MOVES:
-            return status
-        after = TRANSITIONS[status].get(kind)
-        if after is None:
-            raise InvalidTransition(f"{kind.type} while {status}")
-        return Status.SCHEDULED if _waits_for_a_timer(event) else after
+        return status_after(status, event)
 
     # --- lifecycle
 

@@ -13,6 +13,8 @@ from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.dead import Dead, DeadFilter, DeadJob
+from streamjobs.store.feed import Feed, GroupLag, Notes, ProjectionInfo, Quarantined
+from streamjobs.store.index import Index, JobFilter, ListedJob
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
@@ -20,6 +22,7 @@ from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.stats import Counted, Stats, Step, Totals
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
@@ -29,26 +32,37 @@ __all__ = [
     "Answer",
     "Artifacts",
     "Batch",
+    "Counted",
     "Dead",
     "DeadFilter",
     "DeadJob",
     "Entry",
+    "Feed",
+    "GroupLag",
+    "Index",
+    "JobFilter",
     "JobRecord",
     "Jobs",
     "Lease",
+    "ListedJob",
     "Listener",
     "Live",
     "Log",
+    "Notes",
     "Outcome",
     "Page",
     "Permit",
     "Permits",
+    "ProjectionInfo",
+    "Quarantined",
     "QueueInfo",
     "Queues",
     "Receipt",
     "Renewal",
     "ScheduleRecord",
     "Schedules",
+    "Stats",
+    "Step",
     "Store",
     "Strike",
     "Strikes",
@@ -57,6 +71,7 @@ __all__ = [
     "Taken",
     "Tick",
     "Ticks",
+    "Totals",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -86,6 +101,9 @@ class Store:
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
         self.ticks = Ticks(self.schedules, self.jobs)
+        self.feed = Feed(client, scripts, settings)
+        self.index = Index(client, scripts, settings)
+        self.stats = Stats(client, scripts, settings)
         self.live = Live(self._subscriber)
 
     @classmethod

@@ -125,6 +125,9 @@ class Scripts:
     PERMIT: ClassVar = Script("permit", "allow-oom")
     STRIKE: ClassVar = Script("strike", "allow-oom")
     RERUN: ClassVar = Script("rerun")
+    FEED: ClassVar = Script("feed", "allow-oom")
+    INDEX: ClassVar = Script("index", "allow-oom")
+    STATS: ClassVar = Script("stats", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
