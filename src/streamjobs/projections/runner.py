@@ -35,8 +35,10 @@ _GATHER = 0.01
 """Seconds from the first new note to its reading: what comes meanwhile is read with it."""
 _POLL = 1.0
 _REAP_AFTER = 300.0
-_HOLD = 30.0
-"""Seconds for which a rebuild stays with a projector that says nothing."""
+_HOLD_LEASES = 2
+"""Leases for which a rebuild stays with a projector that says nothing."""
+_CHUNK = 32
+"""Jobs that a rebuild advances before it says something."""
 _PATIENCE = Backoff(base=0.1, cap=5.0)
 
 
@@ -83,6 +85,7 @@ class Runner:
         self._news = {place: asyncio.Event() for place in self._places}
         self._claims = dict.fromkeys(self._places, "0-0")
         self._slots = asyncio.Semaphore(store.settings.projector_concurrency)
+        self._hold = _HOLD_LEASES * store.settings.lease
         self._draining = False
 
     @property
@@ -239,7 +242,7 @@ class Runner:
     async def rebuild(self) -> None:
         """Do the rebuilds that are asked for and that nobody else does."""
         for name, partition in self._places:
-            request = await self._store.feed.begin_rebuild(partition, name, self.consumer, _HOLD)
+            request = await self._store.feed.begin_rebuild(partition, name, self.consumer, self._hold)
             if request:
                 await self._rebuild(name, partition, request)
 
@@ -249,9 +252,10 @@ class Runner:
         if why == "asked" and isinstance(projection, Resettable):
             await projection.reset(partition)
         async for jobs in self._store.feed.jobs(partition):
-            await self._advance_all(name, partition, dict.fromkeys(jobs, 0))
-            if not await self._store.feed.hold_rebuild(partition, name, self.consumer, _HOLD):
-                return
+            for start in range(0, len(jobs), _CHUNK):
+                await self._advance_all(name, partition, dict.fromkeys(jobs[start : start + _CHUNK], 0))
+                if not await self._store.feed.hold_rebuild(partition, name, self.consumer, self._hold):
+                    return
         await self._store.feed.finish_rebuild(partition, name, self.consumer, request)
         log.info("projection.rebuilt", projection=name, partition=partition)
 
