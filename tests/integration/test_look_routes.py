@@ -11,9 +11,10 @@ import pytest
 from streamjobs import App, Context
 from streamjobs import events as ev
 from streamjobs.events import ErrorInfo
-from streamjobs.store import Submission
+from streamjobs.store import Submission, keys
 from tests.conftest import RedisProcess
 from tests.integration.gateway import Script, Served, serving
+from tests.projections.bench import carry
 
 NOBODY = "j0-" + "a" * 26
 
