@@ -457,10 +457,10 @@ async def test_one_projector_rebuilds(store: Store):
 
 async def test_a_projector_that_lost_its_rebuild_stops(store: Store, monkeypatch: pytest.MonkeyPatch):
     """One that was paused would go on beside the one that took over, and call it done too early."""
-    monkeypatch.setattr("streamjobs.store.feed._PAGE", 1)
     probe = Probe()
     runner = runner_of(store, probe)
     await settle(runner, store)
+    await Floor(store).submit()
     await store.feed.ask_rebuild("probe")
 
     async def lost(self: Feed, *_: Any) -> bool:
