@@ -19,6 +19,7 @@ from streamjobs.errors import WaitTimeout
 from streamjobs.events import Json
 from streamjobs.faults import fault
 from streamjobs.worker.history import Occurrence, OpKey
+from streamjobs.worker.questions import TIMEOUT as APPROVAL_TIMEOUT
 from streamjobs.worker.replay import Wait
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ async def approve(
         )
         fault("after_approval_requested")
     decision = ctx.replay.ask_for_decision(key)
-    reason = f"approval:{key}"
+    reason = f"{APPROVAL_TIMEOUT}{key}"
     if timeout is None:
         return (await ctx.replay.wait(Wait(reason), decision)).decision
     timer, wait = await begin_timer(ctx, reason, timeout)
