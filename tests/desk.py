@@ -206,8 +206,8 @@ class Desk:
         self._epoch, self._batch, self.status = self._epoch + 1, 0, "running"
         self._write(JobStarted(attempt=self.attempt, worker="w"))
         lease = Lease(
-            self.job_id, self._epoch, len(self.entries), self.attempt, self.inbox, 0, -1, self.kind, "ann", "default",
-            b"",
+            self.job_id, self._epoch, len(self.entries), self.attempt, self.inbox, 0, -1, self.kind, "ann",
+            "default", b"",
         )  # fmt: skip
         committer = Committer(self, 0, self.settings)  # type: ignore[arg-type]
         store = SimpleNamespace(log=self, artifacts=self, jobs=self, permits=self)
