@@ -5,7 +5,8 @@ in `begun`, what came of it, and what came from outside, is in `occurrences`, in
 Rule 2: a new attempt of the job starts over: what completed stays, what failed is done again, and nothing
 must come again in the order of the attempt before (`begun` is empty then).
 Rule 3: what belongs to a step or a tool alone (its approval, the pauses between its tries) is forgotten once
-that has an outcome: nobody asks for it again, and its answer must not answer another question.
+that has an outcome: nobody asks for it again, and its answer must not answer another question. A new attempt
+that asks the same again has the answer.
 
 It is filled entry by entry, so that a long log does not hold up the event loop.
 """
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from streamjobs import events as ev
+from streamjobs.approvals import APPROVAL, decision_of
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import Event
@@ -98,6 +100,7 @@ class History:
         self.interruption = ""
         self.was_lost = False
         self._questions = Questions()
+        self._spent: list[Occurrence] = []
         self._pauses: dict[str, list[str]] = {}
 
     @property
@@ -189,8 +192,10 @@ class History:
         self.artifacts.clear()  # what it makes this time may be another thing
         failed = {one.op for one in self.occurrences if isinstance(one.event, _DONE_AGAIN)}
         again = failed - self._chat_calls()
-        answers = self._questions.start_over()
-        self.occurrences = [one for one in self.occurrences if one.op not in again and one.seq not in answers]
+        given = self._questions.start_over()
+        left = [one for one in self.occurrences if one.op not in again]
+        self.occurrences = [_bound(one, given.get(one.seq, "")) for one in (*left, *self._spent)]
+        self._spent.clear()
         self.outcomes -= again
         for kind, key in again:
             if kind == "step":
@@ -211,6 +216,7 @@ class History:
             self.begun.pop(op, None)
         if answers or len(inner) > 2:
             self.outcomes -= inner
+            self._spent += [one for one in self.occurrences if one.seq in answers]
             self.occurrences = [
                 one for one in self.occurrences if one.op not in inner and one.seq not in answers
             ]
@@ -265,6 +271,18 @@ class History:
             case _:
                 self._settle(event.key)
                 self._occur(seq, op, event)
+
+
+def _bound(answer: Occurrence, key: str) -> Occurrence:
+    """An answer that only answers the question of that key."""
+    signal = answer.event
+    if not key or not isinstance(signal, ev.SignalReceived):
+        return answer
+    decision = decision_of(signal)
+    assert decision is not None
+    word = "approve" if decision.approved else "deny"
+    payload = {"decision": word, "comment": decision.comment, "key": key}
+    return answer._replace(event=msgspec.structs.replace(signal, name=APPROVAL, payload=payload))
 
 
 def pause_key(step: str, failed_attempt: int) -> str:

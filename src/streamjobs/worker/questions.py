@@ -1,7 +1,8 @@
 """Which answer in a log belongs to which request for approval. Pure; filled in the order of the log.
 
-Rule: it decides as a run does: an answer without a key is for the oldest request that is open, one that came
-before any request is kept for the next.
+Rule 1: it decides as a run does: an answer without a key is for the oldest request that is open, and one that
+came before any request is kept for the next.
+Rule 2: in a new attempt of the job an answer stands for the question it was given to, and for no other.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ class Questions:
     def __init__(self) -> None:
         self._open: list[str] = []
         self._answers: dict[str, int] = {}
+        self._spent: dict[str, int] = {}
         self._early: dict[int, str] = {}
 
     def ask(self, key: str) -> None:
         """A request was made."""
-        self._answers.pop(key, None)
-        for seq, wanted in self._early.items():
-            if wanted in {"", key}:
-                del self._early[seq]
-                self._answers[key] = seq
-                return
-        self._open.append(key)
+        fitting = [seq for seq, wanted in self._early.items() if wanted in {"", key}]
+        if fitting:
+            self._answers[key] = min(fitting)
+            del self._early[min(fitting)]
+        else:
+            self._open.append(key)
 
     def answer(self, seq: int, signal: SignalReceived) -> None:
         """A signal came; most are no answers."""
@@ -53,11 +54,15 @@ class Questions:
         """What was asked is over: the seq of its answer, if there was one."""
         if key in self._open:
             self._open.remove(key)
-        return self._answers.pop(key, None)
+        answer = self._answers.pop(key, None)
+        if answer is not None:
+            self._spent[key] = answer
+        return answer
 
-    def start_over(self) -> set[int]:
-        """Nothing is asked any more; the answers so far, which are for no other question."""
-        answers = set(self._answers.values())
-        self._open.clear()
-        self._answers.clear()
-        return answers
+    def start_over(self) -> dict[int, str]:
+        """A new attempt: all answers so far, and the question that each is for."""
+        given = {seq: key for key, seq in (self._spent | self._answers).items()}
+        self._early |= given
+        for known in (self._open, self._answers, self._spent):
+            known.clear()
+        return given
