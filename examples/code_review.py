@@ -140,8 +140,9 @@ def _too_long(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[in
 
 def _undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[int, str, str]]:
     for node in scope.body:
-        is_public = isinstance(node, Definition) and not node.name.startswith("_")
-        if is_public and ast.get_docstring(node) is None:
+        if not isinstance(node, Definition) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
             yield node.lineno, "no-docstring", f"{node.name} has no docstring"
 
 
