@@ -11,14 +11,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests import jobs, redis_server, tokens
+from loadtests import cancel, jobs, redis_server, steps, tokens
 from loadtests.bench import Bench, Scenario
 from loadtests.measure import describe_machine
 from loadtests.processes import RunError, raise_on_signals
 from loadtests.progress import Progress
 from loadtests.report import Report, Section, markdown
 
-SCENARIOS: tuple[Scenario, ...] = (jobs.SCENARIO, tokens.SCENARIO)
+SCENARIOS: tuple[Scenario, ...] = (jobs.SCENARIO, tokens.SCENARIO, steps.SCENARIO, cancel.SCENARIO)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     names = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(names)} (all)")
     parser.add_argument("--repeat", type=int, default=3, help="interleaved rounds (3)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, one round: does it work? (< 60 s)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, one round: does it work? (< 90 s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers as JSON")
     for scenario in SCENARIOS:
         scenario.add_options(parser)

@@ -90,23 +90,23 @@ def tree_of(root: int, parents: dict[int, int]) -> list[int]:
 
 
 class CpuClock:
-    """CPU seconds used by a process and its descendants, as they are when the clock is made."""
+    """CPU seconds used by a process and its descendants; what has ended counts for whoever waited for it."""
 
     def __init__(self, root: int) -> None:
-        self._pids = tree_of(root, {pid: times.parent for pid, times in _processes()})
+        self._root = root
         self._tick = os.sysconf("SC_CLK_TCK")
 
     def seconds(self) -> float | None:
         """Return user and system seconds so far; None where /proc does not exist."""
         if not PROC.joinpath("self/stat").exists():
             return None
-        return sum(times.ticks for _, times in _processes(self._pids)) / self._tick
+        alive = dict(_processes())
+        tree = tree_of(self._root, {pid: times.parent for pid, times in alive.items()})
+        return sum(alive[pid].ticks for pid in tree if pid in alive) / self._tick
 
 
-def _processes(pids: Iterable[int] | None = None) -> Iterable[tuple[int, ProcessTimes]]:
-    if pids is None:
-        pids = [int(entry.name) for entry in PROC.glob("[0-9]*")]
-    for pid in pids:
+def _processes() -> Iterable[tuple[int, ProcessTimes]]:
+    for pid in [int(entry.name) for entry in PROC.glob("[0-9]*")]:
         try:
             yield pid, parse_stat((PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace"))
         except OSError:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
+"""Where children import from: this working tree, whatever is installed."""
 TAIL_CHARS = 600
 STOP_TIMEOUT = 3.0
 
@@ -60,9 +62,17 @@ class Child:
         if code != 0:
             raise RunError(f"{self.name} exited with {code}: {self.tail()}")
 
+    def freeze(self) -> None:
+        """Stop the whole session in its tracks, until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """End the whole session: asked first, killed after three seconds."""
         self._signal(signal.SIGTERM)
+        self.thaw()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT)
         self._signal(signal.SIGKILL)
@@ -76,7 +86,7 @@ class Child:
 def child_env(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without STREAMJOBS_* settings of the person who runs it, and `extra`."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("STREAMJOBS_")}
-    return env | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | dict(extra)
+    return env | {"PYTHONPATH": SOURCES, "PYTHONUNBUFFERED": "1"} | dict(extra)
 
 
 @contextlib.contextmanager

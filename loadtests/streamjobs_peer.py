@@ -1,11 +1,13 @@
 """streamjobs as the load tests see it; the one module that knows its names.
 
 As a child: `python -m loadtests.streamjobs_peer noop <warmup> <jobs>` enqueues no-ops and prints its timing
-as JSON; `... chat <jobs> <model>` submits chat jobs and prints their ids.
+as JSON; `... chat <jobs> <model>` submits chat jobs and prints their ids; `... cancel <interval> <id> ...`
+cancels them, one every so many seconds, and prints what was answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -78,6 +80,10 @@ def events_key(job_id: str) -> str:
     return f"sj:{{0}}:job:{job_id}:events"
 
 
+def hash_key(job_id: str) -> str:
+    return f"sj:{{0}}:job:{job_id}"
+
+
 def live_channel(job_id: str) -> str:
     return f"sj:{{0}}:live:{job_id}"
 
@@ -108,13 +114,31 @@ async def add(store: Store, count: int) -> None:
 
 
 async def chat(jobs: int, model: str) -> None:
-    """Submit chat jobs in one batch."""
-    content = json.dumps({"prompt": "go", "model": model, "tools": []}).encode()
+    """Submit chat jobs in one batch; each prompt is numbered."""
     async with opened() as store:
         receipts = await store.jobs.submit_many(
-            [Submission(kind="chat", owner=f"owner-{n % OWNERS}", input=content) for n in range(jobs)]
+            [
+                Submission(kind="chat", owner=f"owner-{n % OWNERS}", input=_chat_input(n, model))
+                for n in range(jobs)
+            ]
         )
     print(json.dumps({"ids": [receipt.job_id for receipt in receipts]}))
+
+
+def _chat_input(number: int, model: str) -> bytes:
+    return json.dumps({"prompt": f"stream {number}", "model": model, "tools": []}).encode()
+
+
+async def cancel(interval: float, ids: list[str]) -> None:
+    """Cancel jobs, each at its time, however long the answers take."""
+    async with opened() as store:
+
+        async def one(index: int) -> str:
+            await asyncio.sleep(index * interval)
+            return await store.jobs.cancel(ids[index], by="load")
+
+        answers = await asyncio.gather(*(one(index) for index in range(len(ids))))
+    print(json.dumps({"answers": answers}))
 
 
 @contextlib.asynccontextmanager
@@ -127,5 +151,11 @@ async def opened() -> AsyncIterator[Store]:
 
 
 if __name__ == "__main__":
-    _, verb, first, second = sys.argv
-    uvloop.run(chat(int(first), second) if verb == "chat" else enqueue(int(first), int(second)))
+    _, verb, first, *rest = sys.argv
+    match verb:
+        case "chat":
+            uvloop.run(chat(int(first), rest[0]))
+        case "cancel":
+            uvloop.run(cancel(float(first), rest))
+        case _:
+            uvloop.run(enqueue(int(first), int(rest[0])))

@@ -93,7 +93,8 @@ class StreamjobsChat(TokenSystem):
     )
 
     def __init__(self) -> None:
-        self._ids: list[str] = []
+        self.ids: list[str] = []
+        """The jobs of the streams that were begun, by number."""
 
     def worker_command(self, load: Load) -> list[str]:
         return streamjobs_peer.worker_command("loadtests.noop_app:app", load.streams)
@@ -112,10 +113,10 @@ class StreamjobsChat(TokenSystem):
             time.sleep(0.02)
 
     def begin(self, server: Server, load: Load, env: dict[str, str]) -> None:
-        self._ids = self._submit(load.streams, MODEL, env)
+        self.ids = self._submit(load.streams, MODEL, env)
 
     def live_channels(self) -> list[str]:
-        return [streamjobs_peer.live_channel(job) for job in self._ids[:PROBED]]
+        return [streamjobs_peer.live_channel(job) for job in self.ids[:PROBED]]
 
     def _submit(self, count: int, model: str, env: dict[str, str]) -> list[str]:
         argv = python("-m", "loadtests.streamjobs_peer", "chat", str(count), model)
@@ -126,7 +127,7 @@ class StreamjobsChat(TokenSystem):
 
     def read(self, client: redis.Redis) -> Transcript:
         texts: list[tuple[str, int]] = []
-        for entry in _entries(client, [streamjobs_peer.events_key(job) for job in self._ids]):
+        for entry in entries_of(client, [streamjobs_peer.events_key(job) for job in self.ids]):
             if entry[1][b"t"] == b"text.delta":
                 event = json.loads(entry[1][b"d"])
                 texts.append((event["text"], event["ts"]))
@@ -170,11 +171,12 @@ class Naive(TokenSystem):
     def read(self, client: redis.Redis) -> Transcript:
         keys = sorted(client.scan_iter(match=f"{naive_tokens.PREFIX}*", count=1000))
         return _transcript(
-            (entry[1][b"text"].decode(), int(entry[0].partition(b"-")[0])) for entry in _entries(client, keys)
+            (entry[1][b"text"].decode(), int(entry[0].partition(b"-")[0]))
+            for entry in entries_of(client, keys)
         )
 
 
-def _entries(client: redis.Redis, keys: list[Any]) -> Iterable[Any]:
+def entries_of(client: redis.Redis, keys: list[Any]) -> Iterable[Any]:
     """Yield the entries of many streams, a few streams a round trip."""
     for start in range(0, len(keys), PAGE):
         pipeline = client.pipeline(transaction=False)

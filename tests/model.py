@@ -95,6 +95,7 @@ class NewJob:
     idem: str = ""
     body: str = ""
     parent: str = ""
+    tick: str = ""
     fields: dict[str, Any] = field(default_factory=lambda: {"kind": "work"})
 
 
@@ -133,6 +134,7 @@ class Job:
     ticket: Ticket | None = None
     held: str = ""
     order: int | None = None
+    is_unpaid: bool = False
     since: int | None = None
 
     wake: int | None = None
@@ -150,6 +152,7 @@ class Job:
     artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     ended: int | None = None
     error: str = ""
+    rerun: str = ""
     expiry: int | None = None
 
     @property
@@ -332,7 +335,7 @@ class Model:
         """Wait in the owner's list of that queue, by priority, then in the order of coming."""
         if job.order is None:
             self.holds_made += 1
-            job.order = RANKS[job.ticket_class] * 10**12 + self.holds_made
+            job.order = RANKS[job.ticket_class] * 10**12 + self.holds_made + job.is_unpaid * 5 * 10**11
         job.held = reason
         self.looked_at.setdefault(job.held_list, self.now)
         self.mark_queued(job)
@@ -350,7 +353,7 @@ class Model:
         """What keeps this job from starting now, if anything."""
         if f"kind:{job.kind}" in self.strikes:
             return "struck"
-        if self.is_full(job.owner):
+        if self.is_full(job.owner) or (job.is_unpaid and not self.has_token(job.owner)):
             return "owner_limit"
         holder = self.key_holder(job.ckey) if job.ckey else None
         return "concurrency_key" if holder and holder is not job else ""
@@ -372,6 +375,7 @@ class Model:
         for job in self.held_jobs(name)[: self.limits.scan]:
             reason = self.obstacle(job)
             if not reason:
+                self.pay(job)
                 self.requeue(job, "released")
                 self.announce(job)
                 return True
@@ -393,6 +397,7 @@ class Model:
         self.write(job, epoch, kind, content)
         self.park(job, TERMINAL[kind])
         job.timers, job.deadline, job.start_by, job.pause, job.order = {}, None, None, None, None
+        job.is_unpaid = False
         job.ended = self.now
         if kind == "job.failed":
             self.bury(job, json.loads(content)["error"]["code"])
@@ -493,7 +498,9 @@ class Model:
         if row.start_timeout:
             job.start_by = self.now + row.delay + row.start_timeout
         limit = self.limits.owner_limit
-        is_held = not row.delay and limit > 0 and self.tickets(job.queue, job.owner) >= limit
+        self.pay_on_submission(job, row.delay)
+        is_full = limit > 0 and self.tickets(job.queue, job.owner) >= limit
+        is_held = not row.delay and (is_full or job.is_unpaid)
         stamp = ({"depth": job.depth} if job.depth else {}) | ({"held": "owner_limit"} if is_held else {})
         self.write(job, self.now, "job.queued", self.content(**stamp, **row.fields))
         if row.delay:
@@ -543,7 +550,8 @@ class Model:
             job = self.jobs.get(ticket.job)
             if job is None or job.ticket != ticket:
                 continue
-            if reason := self.obstacle(job):
+            waits_behind = job.is_unpaid and self.held_jobs(f"{job.queue}|{job.owner}")
+            if reason := self.obstacle(job) or ("owner_limit" if waits_behind else ""):
                 self.set_aside(job, reason)
             else:
                 self.lease(job, worker)
@@ -554,6 +562,7 @@ class Model:
         waited = max(0, self.now - (job.since or 0))
         resumed = {"resumed_from": job.seq} if job.is_lost else {}
         content = self.content(attempt=job.attempt, worker=worker, waited_ms=waited, **resumed)
+        self.pay(job)
         self.write(job, epoch, "job.started", content)
         self.park(job, "running")
         job.epoch, job.worker, job.batch, job.lease_until = epoch, worker, 0, self.now + self.limits.lease
@@ -680,6 +689,16 @@ class Model:
         self.jobs[job_id].artifacts = artifacts
         return ["ok", size]
 
+    def run_again(self, job_id: str, new_id: str) -> list[Any]:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return ["gone"]
+        if not job.is_ended:
+            return ["live", job.status]
+        job.rerun = new_id
+        self.dead.pop(job_id, None)
+        return ["ok"]
+
     # --- strikes -----------------------------------------------------------------------------------------
 
     def strike(self, act: str, what: str, fields: dict[str, str]) -> list[Any]:
@@ -706,6 +725,23 @@ class Model:
 
     def take_token(self, name: str, period: float) -> None:
         self.buckets[name] = float(f"{self.full_at(name) + period:.3f}"), self.now
+
+    # an owner's rate: a minute's submissions may come at once, and come back one after the other
+
+    def has_token(self, owner: str) -> bool:
+        rate = self.limits.owner_rate
+        return rate == 0 or self.token_in(f"rate:{owner}", 60_000 / rate, min(rate, 1000)) == 0
+
+    def pay(self, job: Job) -> None:
+        if job.is_unpaid and self.limits.owner_rate:
+            self.take_token(f"rate:{job.owner}", 60_000 / self.limits.owner_rate)
+        job.is_unpaid = False
+
+    def pay_on_submission(self, job: Job, delay: int) -> None:
+        """At once, unless it is delayed or others of its owner and queue wait already."""
+        job.is_unpaid = self.limits.owner_rate > 0
+        if self.has_token(job.owner) and not delay and not self.held_jobs(f"{job.queue}|{job.owner}"):
+            self.pay(job)
 
     def permit(self, name: str, period: float, burst: int, patience: int) -> list[Any]:
         wait = self.token_in(f"bucket:{name}", period, burst)

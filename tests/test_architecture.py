@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 
 LAYERS = [
     {"errors"},
-    {"cursor", "events", "faults"},
+    {"cursor", "events", "faults", "cron"},
     {"approvals"},
-    {"job", "effects", "retry", "config", "metrics"},
+    {"job", "effects", "retry", "config", "metrics", "schedule"},
     {"logs"},
     {"store", "llm"},
     {"inputs"},

@@ -1,4 +1,4 @@
-"""The registry of a program: its tools, agents and workflows, and what a submission is checked against.
+"""The registry of a program: its tools, agents, workflows, schedules; what a submission is checked against.
 
 Rule 1: worker and gateway import the same App; nothing here touches Redis or a provider.
 Rule 2: a registration that cannot work raises at import, it never becomes a failed job.
@@ -22,10 +22,12 @@ import msgspec
 
 from streamjobs.agent import Agent, AgentFunction
 from streamjobs.config import Settings
+from streamjobs.cron import Timing
 from streamjobs.errors import ConfigError, UnknownAgent, UnknownKind, UnknownTool
-from streamjobs.events import Json
+from streamjobs.events import Json, encode_json
 from streamjobs.inputs import MAX_DEPTH, ChatInput, ChatMessage, bounded, require_no_ours
 from streamjobs.retry import Retry
+from streamjobs.schedule import Missed, Overlap, Priority, Schedule
 from streamjobs.tool import TOOL_NAME, Effect, Recovery, Tool, ToolContext, listed, name_of
 from streamjobs.workflow import Workflow
 
@@ -56,7 +58,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class App:
-    """The tools, agents and workflows of one program.
+    """The tools, agents, workflows and schedules of one program.
 
     `builtin_tools=False` starts without those of `streamjobs.builtin`, or with your own of the same names.
     """
@@ -66,6 +68,7 @@ class App:
         self._tools: dict[str, Tool] = {}
         self._agents: dict[str, Agent] = {}
         self._workflows: dict[str, Workflow] = {}
+        self._schedules: dict[str, Schedule] = {}
         if builtin_tools:
             from streamjobs.builtin import BUILTIN_TOOLS  # it is written with Tool and ToolContext
 
@@ -89,6 +92,11 @@ class App:
     def workflows(self) -> Mapping[str, Workflow]:
         """The program's own workflows by their kind; `chat` is not among them."""
         return MappingProxyType(self._workflows)
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Every schedule by its name; workers make the store's the same when they start."""
+        return MappingProxyType(self._schedules)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -293,6 +301,89 @@ class App:
         if kind in self._workflows:
             return self._workflows[kind]
         raise UnknownKind(_unknown("kind", kind, self.kinds))
+
+    def run_inline(
+        self,
+        kind: str,
+        input: object = None,  # noqa: A002 - the word of the API
+        *,
+        settings: Settings | None = None,
+        owner: str = "inline",
+        timeout: float | None = None,
+        signals: Mapping[str, Any] | None = None,
+        on_event: Callable[[str, Any], None] | None = None,
+    ) -> Any:
+        """Run a job of this kind here, without any server, and return its result.
+
+        For tests and small scripts.
+
+        In a running event loop it is to be awaited. `signals` are there from the start: a name and its
+        payload, or a list of payloads (an approval is `{"approval": "approve"}`). `on_event` is called with
+        the job's id and each event. Raises `InlineJobFailed`, whose `view` says how it ended, and what a
+        submission raises.
+        """
+        inline = importlib.import_module("streamjobs.worker.inline")  # a layer above
+        work = inline.run(
+            self,
+            kind,
+            input,
+            settings=settings,
+            owner=owner,
+            timeout=timeout,
+            signals=signals,
+            on_event=on_event,
+        )
+        return inline.run_here(work)
+
+    def schedule(
+        self,
+        name: str,
+        kind: str,
+        *,
+        cron: str = "",
+        timezone: str = "UTC",
+        every: float = 0.0,
+        offset: float = 0.0,
+        input: Json = None,  # noqa: A002 - what it is called everywhere
+        owner: str = "system",
+        queue: str = "",
+        priority: Priority = "default",
+        metadata: Mapping[str, Json] | None = None,
+        thread_id: str = "",
+        timeout: float | None = None,
+        max_attempts: int | None = None,
+        concurrency_key: str = "",
+        missed: Missed = "skip",
+        overlap: Overlap = "allow",
+    ) -> Schedule:
+        """Register a job that recurs: by `cron` in a `timezone`, or `every` so many seconds.
+
+        What is not said here, the workflow says, which must be registered before. Raises `Invalid`,
+        `UnknownKind`, what `check_submission` raises for the input, and `ValueError` for a name that is taken
+        or does not fit.
+        """
+        _require_new("schedule", name, self._schedules, NAME)
+        raw_input = msgspec.Raw(encode_json(input))
+        self.check_submission(kind, raw_input)
+        workflow = self._workflows.get(kind)
+        schedule = Schedule(
+            name=name,
+            kind=kind,
+            timing=Timing(cron=cron, timezone=timezone, every=every, offset=offset),
+            owner=owner,
+            input=raw_input,
+            queue=queue or (workflow and workflow.queue) or "",
+            priority=priority,
+            metadata=dict(metadata or {}),
+            thread_id=thread_id,
+            timeout=timeout if timeout is not None else workflow and workflow.timeout,
+            max_attempts=max_attempts or (workflow and workflow.max_attempts) or 0,
+            concurrency_key=concurrency_key,
+            missed=missed,
+            overlap=overlap,
+        )
+        self._schedules[name] = schedule
+        return schedule
 
     def check_submission(self, kind: str, raw_input: bytes | msgspec.Raw) -> None:
         """Refuse what could not run.

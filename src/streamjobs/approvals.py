@@ -4,7 +4,7 @@ Rule 1: the names `approval`, `approve` and `deny` are ours; in the log it is al
 `{"decision": "approve" | "deny", "comment", "key"}`: `canonical` makes it so before it is written.
 Rule 2: reading is lenient in form (`true`, `"approved"`, `{"approve": true}`), never in substance: what
 says nothing, or two things at once, is no decision. Nothing is ever approved by a guess.
-Rule 3: a decision without a `key` is for whatever waits; with one, for that request only.
+Rule 3: a decision with a `key` is for that request only; without one, for the oldest that waits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FLAGS = ("approve", "approved", "deny", "denied")
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Somebody's answer; an empty `key` is for whatever waits for an approval."""
+    """Somebody's answer; an empty `key` is for the oldest request that waits."""
 
     approved: bool
     comment: str = ""

@@ -73,6 +73,36 @@ class JobNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class ScheduleNotFound(StreamjobsError):
+    """No such schedule: never made, deleted, or somebody else's."""
+
+    code, http_status = "not_found", 404
+
+
+class UnreadableSchedule(StreamjobsError):
+    """A schedule that another release wrote, and that this one cannot read. Leave it alone."""
+
+    code = "unreadable_schedule"
+
+
+class TooManySchedules(Invalid):
+    """The owner has as many schedules as there may be."""
+
+    code = "too_many_schedules"
+
+
+class TickTaken(StreamjobsError):
+    """The tick has its job already, or the schedule was paused or deleted. Nothing is left to do."""
+
+    code, http_status = "tick_taken", 409
+
+
+class Overlapping(StreamjobsError):
+    """The job of an earlier tick is live, and the schedule wants one at a time. This tick gives none."""
+
+    code, http_status = "overlapping", 409
+
+
 class ArtifactNotFound(JobNotFound):
     """The job is there and has no artifact of that name."""
 
@@ -80,9 +110,13 @@ class ArtifactNotFound(JobNotFound):
 
 
 class JobEnded(StreamjobsError):
-    """The job has ended; what was asked for needs a live one."""
+    """The job has ended, as `state` says; what was asked for needs a live one."""
 
     code, http_status = "job_ended", 409
+
+    def __init__(self, message: str, *, state: str = "") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class JobNotEnded(StreamjobsError):

@@ -64,7 +64,10 @@ class ToolCallRequest(msgspec.Struct, frozen=True):
 
 
 class JobQueued(Event, frozen=True, kw_only=True):
-    """A job was submitted; everything needed to start it."""
+    """A job was submitted; everything needed to start it.
+
+    `schedule` made it, for the instant `tick_ms`, or out of turn without one.
+    """
 
     type = "job.queued"
     kind: str
@@ -82,7 +85,9 @@ class JobQueued(Event, frozen=True, kw_only=True):
     parent: str = ""
     depth: int = 0
     rerun_of: str = ""
+    rerun_by: str = ""
     schedule: str = ""
+    tick_ms: int = 0
     start_timeout_ms: int = 0
     input: msgspec.Raw = msgspec.Raw(b"null")
 

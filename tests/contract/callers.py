@@ -19,7 +19,7 @@ START = 4_000_000_000_000
 """Far in the future: keys with an expiry stay until the duel takes them away."""
 
 LIMITS = Limits(
-    lease=LEASE, sweep=1_000, retention=300_000, idempotency=600_000, owner_limit=2, dead_cap=3,
+    lease=LEASE, sweep=1_000, retention=300_000, idempotency=600_000, owner_limit=2, owner_rate=6, dead_cap=3,
     max_depth=2, max_children=2, max_crashes=2, crash_base=5_000, crash_cap=8_000, max_events=40,
     max_bytes=3_000, feed_cap=100_000, feed_bytes=150, owner_feed_cap=100_000, owner_feed_bytes=90,
     owner_feed_ttl=600_000, inline_bytes=300, scan=3,
@@ -32,7 +32,8 @@ SCRIPTS: dict[str, Script] = {
     "submit": Scripts.SUBMIT, "take": Scripts.TAKE, "append": Scripts.APPEND, "always": Scripts.APPEND_ALWAYS,
     "renew": Scripts.RENEW, "wake": Scripts.WAKE, "cancel": Scripts.CANCEL, "signal": Scripts.SIGNAL,
     "pause": Scripts.PAUSE, "resume": Scripts.RESUME, "inspect": Scripts.INSPECT,
-    "artifact": Scripts.ARTIFACT, "permit": Scripts.PERMIT, "strike": Scripts.STRIKE,
+    "artifact": Scripts.ARTIFACT, "permit": Scripts.PERMIT, "strike": Scripts.STRIKE, "rerun": Scripts.RERUN,
+    "schedule": Scripts.SCHEDULE,
 }  # fmt: skip
 
 
@@ -113,4 +114,4 @@ class ScriptCaller:
 
 def submit_row(row: NewJob) -> list[str | bytes | int]:
     head = [row.id, row.owner, row.kind, row.queue, row.priority, row.delay, row.start_timeout, row.timeout]
-    return [*head, row.ckey, row.idem, row.body, row.parent, wire(row.fields)]
+    return [*head, row.ckey, row.idem, row.body, row.parent, wire(row.fields), row.tick]

@@ -218,6 +218,18 @@ class Strike:
 
 
 @dataclass(frozen=True)
+class Rerun:
+    """Note which job runs another one again."""
+
+    slot: int = 0
+    new: int = 1
+
+    def play(self, duel: Duel) -> None:
+        ids = SLOT_IDS[self.slot], SLOT_IDS[self.new]
+        duel.compare("rerun", lambda: duel.model.run_again(*ids), *ids)
+
+
+@dataclass(frozen=True)
 class Wake:
     """Sweep once."""
 

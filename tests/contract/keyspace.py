@@ -103,7 +103,8 @@ def job_keys(model: Model, job: Job) -> dict[str, Any]:
 def job_hash(model: Model, job: Job) -> dict[str, str]:
     fields = {
         "owner": job.owner, "kind": job.kind, "queue": job.queue, "priority": job.priority,
-        "status": job.status, "created": job.created, "ended": job.ended, "error": job.error or None,
+        "status": job.status, "created": job.created, "ended": job.ended,
+        "error": job.error or None, "rerun": job.rerun or None, "unpaid": job.is_unpaid or None,
         "seq": job.seq, "last": job.log[-1].id, "bytes": job.size,
         "fed": job.fed or None, "epoch": job.epoch or None, "lease": job.epoch if job.is_running else None,
         "worker": job.worker or None, "batch": job.batch if job.has_started else None,

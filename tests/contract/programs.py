@@ -29,6 +29,7 @@ from tests.contract.commands import (
     Keep,
     Permit,
     Renew,
+    Rerun,
     Row,
     Strike,
     Submission,
@@ -55,7 +56,7 @@ class Dice:
         self.commands: dict[Callable[[], Command], int] = {
             self.submit: 10, self.take: 10, self.append: 16, self.ask: 8, self.renew: 2, Wake: 6,
             self.keep: 2, self.permit: 2, self.small_wake: 2, self.idle: 3, self.step: 8, self.jump: 1,
-            self.cancel: 2, self.strike: 1, self.lift: 2, Again: 3,
+            self.cancel: 2, self.strike: 1, self.lift: 2, self.rerun: 2, Again: 3,
         }  # fmt: skip
 
     def command(self) -> Command:
@@ -125,6 +126,9 @@ class Dice:
 
     def permit(self) -> Permit:
         return Permit(self.random.choice("ab"), self.random.choice([0, 0, 8_000, 90_000]))
+
+    def rerun(self) -> Rerun:
+        return Rerun(self.slot(), self.slot())
 
     def strike(self) -> Strike:
         return Strike("set", self.struck())

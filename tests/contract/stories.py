@@ -14,6 +14,7 @@ from tests.contract.commands import (
     Keep,
     Permit,
     Renew,
+    Rerun,
     Row,
     Strike,
     Submission,
@@ -148,6 +149,33 @@ STORIES: dict[str, list[Command]] = {
             )
         ],
         Wake(), Advance(100_000), Wake(1), Advance(200_000), Wake(1), Wake(),
+    ],
+    "run again": [
+        ONE, Take(), Rerun(), Append((Row(outcome="failed"),)), Rerun(), Again(), Rerun(new=2), Rerun(slot=5),
+    ],
+    "over the rate": [
+        *[
+            command
+            for slot in (0, 2, 4)
+            for command in (
+                Submit((Submission(slot=slot), Submission(slot=slot + 1))), Take(),
+                Append((Row(outcome="completed"), Row(lease=1, outcome="completed"))),
+            )
+        ],
+        Submit((Submission(slot=6, priority="low"), Submission(slot=7), Submission(slot=8, queue=1))),
+        Take(), Wake(), Advance(4_000), Wake(), Take(), Advance(6_000),
+        Submit((Submission(slot=9, priority="low"),)), Take(), Wake(), Take(), FINISH,
+        Ask("pause", 6), Ask("resume", 6), Take(), Advance(20_000), Take(), Wake(), Take(),
+    ],
+    "a delayed job pays when it wakes": [
+        Submit(tuple(Submission(slot=i, delay=3_000) for i in range(8))), Advance(4_000), Wake(), Take(),
+        *[Append((Row(outcome="completed"), Row(lease=1, outcome="completed"))), Take()] * 4,
+        Advance(10_000), Wake(), Take(),
+    ],
+    "what is paid for goes first": [
+        Submit(tuple(Submission(slot=i) for i in range(4))), Take(), FINISH, FINISH, Wake(), Take(), Wake(),
+        Submit(tuple(Submission(slot=i, priority="high") for i in range(4, 9))), FINISH, FINISH,
+        Wake(), Take(),
     ],
     "gone": [ONE, Take(), FINISH, Advance(310_000), Append((Row(stale=True),))],
 }  # fmt: skip

@@ -72,6 +72,31 @@ MUTATIONS: dict[str, Mutation] = {
     "jobs that are there leave the list": Mutation(
         "wake", "== 'failed' then return end", "== '' then return end"
     ),
+    "what is run again stays listed": Mutation("rerun", "redis.call('ZREM', PREFIX .. 'dead', id)", ""),
+    "a live job is taken for one that is run again": Mutation(
+        "rerun", "if not ENDED[job.h.status] then", "if false then"
+    ),
+    "a job that is gone comes back as a field": Mutation(
+        "rerun",
+        "if not job then return { 'gone' } end",
+        "if not job then redis.call('HSET', PREFIX .. 'job:' .. id, 'rerun', new) return { 'gone' } end",
+    ),
+    "a rate limits nothing": Mutation("submit", "or not token_for(owner) then", "then"),
+    "who comes later has the token of those that wait": Mutation(
+        "submit", "or redis.call('EXISTS', list) == 1", ""
+    ),
+    "a job that wakes has the token of those that wait": Mutation(
+        "take", "or passes_by(job) and 'owner_limit'", ""
+    ),
+    "delayed jobs are over no rate": Mutation("submit", "if delay > 0 or redis", "if redis"),
+    "what is unpaid starts": Mutation(
+        "common", "if job.h.unpaid and not token_for(job.h.owner) then", "if false then"
+    ),
+    "what is released has cost nothing": Mutation("common", "if job.h.unpaid then pay(job) end", ""),
+    "what starts has cost nothing": Mutation("take", "if h.unpaid then pay(job) end", ""),
+    "what is paid for waits for what is not": Mutation(
+        "common", "if job.h.unpaid then order = order + 5e11 end", ""
+    ),
     "a lost lease is renewed": Mutation("renew", "if h[1] ~= epoch then", "if not h[1] then"),
     "a terminal event is over the budget": Mutation(
         APPEND, "if n > 0 and TERMINAL[row.events[n][1]] then", "if false then"
@@ -128,7 +153,7 @@ MUTATIONS: dict[str, Mutation] = {
         "take", "math.max(number(job, 'epoch') + 1, NOW)", "NOW"
     ),
     "the owner limit holds for submissions only": Mutation(
-        "take", "local reason = obstacle(job)", "local reason"
+        "take", "obstacle(job) or passes_by(job)", "passes_by(job)"
     ),
     "a resent take leases other jobs": Mutation("take", "if #jobs > 0 then file(jobs) end", ""),
     "low priority starves": Mutation("take", "local slot, turn = NUMBER % total,", "local slot, turn = 0,"),

@@ -373,6 +373,23 @@ def test_a_concurrency_key_that_is_taken_holds_up_its_own_jobs_only(client: sync
     assert [job for job, _ in partition.take()] == [C]
 
 
+def test_submissions_over_the_rate_wait_their_turn(client: sync_redis.Redis) -> None:
+    """Without it, one client in a loop has all the workers; or what it sent too fast is lost."""
+    partition = Partition(client, Limits.of(Settings(owner_rate=6, owner_limit=0, lease=600.0)))
+    partition.submit(*(NewJob(job_id) for job_id in SLOT_IDS[:9]), NewJob(SLOT_IDS[9], owner="bob"))
+    assert partition.log(SLOT_IDS[6])[0][1]["held"] == "owner_limit"
+    assert [job for job, _ in partition.take()] == [*SLOT_IDS[:6], SLOT_IDS[9]]
+    partition.sweep_for(9_000)
+    partition.submit(NewJob(SLOT_IDS[10]))
+    assert partition.take() == []
+    taken: list[str] = []
+    for _ in range(45):
+        partition.sweep_for(1_000)
+        taken += [job for job, _ in partition.take()]
+    assert taken == [*SLOT_IDS[6:9], SLOT_IDS[10]], "in the order in which they came"
+    check_invariants(found(client))
+
+
 # --- families --------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ pause: paused requested dup already gone
 resume: resumed dup already gone
 artifact: ok fenced limit_one limit_all gone
 permit: go later
+rerun: ok live gone
 strike: struck already lifted absent
 job.requeued: timer signal child yield retry held released
 held: owner_limit concurrency_key struck

@@ -33,8 +33,8 @@ LATER = (
     "after_step_started:5", "after_step_effect:3", "after_step_effect:8", "after_step_recorded:6",
     "after_artifact_stored:2", "before_tool_started:2", "after_tool_started:2", "after_tool_effect:2",
     "after_tool_completed:3", "after_turn_started:2", "after_turn_completed:2", "after_timer_set:3",
-    "after_news_read:3", "after_load:3", "after_finish:2", "before_append:9", "after_append:14",
-    "before_append:22",
+    "after_news_read:3", "after_load:3", "after_finish:2", "before_append:9",
+    "after_append:14", "before_append:22",
 )  # fmt: skip
 """The same points at another time: in other steps, the second tool, later waits."""
 

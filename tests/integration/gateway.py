@@ -14,7 +14,16 @@ import msgspec
 
 from streamjobs.app import App
 from streamjobs.config import Settings
-from streamjobs.events import Event, JobCompleted, TextDelta, TurnStarted, encode_event, encode_json
+from streamjobs.events import (
+    ErrorInfo,
+    Event,
+    JobCompleted,
+    JobFailed,
+    TextDelta,
+    TurnStarted,
+    encode_event,
+    encode_json,
+)
 from streamjobs.gateway.app import Gateway, url_of
 from streamjobs.gateway.server import Server, listen
 from streamjobs.store import Batch, Lease, Store, Submission
@@ -103,10 +112,19 @@ class Script:
     async def open_turn(self) -> None:
         await self.write(TurnStarted(turn=1, model="scripted"))
 
+    async def keep(self, name: str, media_type: str, content: bytes) -> None:
+        """Store an artifact."""
+        await self._store.artifacts.put(self.id, self._lease.epoch, name, media_type, content)
+
     async def complete(self, result: Any = "done") -> None:
-        event = JobCompleted(result=msgspec.Raw(encode_json(result)))
+        await self._end(JobCompleted(result=msgspec.Raw(encode_json(result))), "completed")
+
+    async def fail(self, error: ErrorInfo) -> None:
+        await self._end(JobFailed(error=error), "failed")
+
+    async def _end(self, event: Event, outcome: str) -> None:
         events = [(event.type, encode_event(event))]
-        await self._append(Batch(self.id, self._lease.epoch, self._number + 1, events, "completed"))
+        await self._append(Batch(self.id, self._lease.epoch, self._number + 1, events, outcome))
 
     async def _append(self, batch: Batch) -> None:
         (answer,) = await self._store.work.append(0, [batch], always=True)

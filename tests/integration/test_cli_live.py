@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+from tests.integration.dev import ENVIRONMENT, running_dev
 
 
 def streamjobs(*words: str) -> subprocess.CompletedProcess[str]:
@@ -28,28 +25,6 @@ def streamjobs(*words: str) -> subprocess.CompletedProcess[str]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running_dev(tmp_path_factory.mktemp("dev")) as (_, url):
         yield url
-
-
-@contextlib.contextmanager
-def running_dev(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`streamjobs dev` with a Redis of its own, and where it answers."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamjobs", "dev", "--port", "0", "--set", f"data_dir={folder}"],
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if found := re.search(r"gateway\s+(http://\S+)", line):
-                yield process, found[1]
-                break
-        else:
-            raise AssertionError("streamjobs dev ended without a gateway")
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(40)
-        process.stderr.close()
 
 
 def test_submit_and_watch_to_the_end(url: str) -> None:

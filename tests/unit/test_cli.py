@@ -21,13 +21,18 @@ from click.testing import CliRunner
 from streamjobs.cli import options
 from streamjobs.cli.doctor import print_report
 from streamjobs.cli.main import cli
-from streamjobs.cli.show import Screen, printable
+from streamjobs.cli.output import printable
+from streamjobs.cli.show import Screen
 from streamjobs.client import WatchedEvent
 from streamjobs.client.client import Client
 from streamjobs.config import Settings
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
-COMMANDS = ["cancel", "demo", "dev", "doctor", "provider", "serve", "status", "submit", "watch", "worker"]
+COMMANDS = [
+    "approve", "cancel", "dead", "demo", "deny", "dev", "doctor", "effects", "list", "log", "pause",
+    "provider", "queues", "rerun", "result", "resume", "schedules", "serve", "signal", "status", "strike",
+    "strikes", "submit", "unstrike", "watch", "worker", "workers",
+]  # fmt: skip
 HEAVY = [
     "starlette",
     "aiohttp",
@@ -152,6 +157,14 @@ def test_a_typo_in_a_setting_is_answered_in_one_line():
         (["status"], 2, "Missing argument 'JOB_ID' (see"),
         (["statsu"], 2, "statsu"),
         (["submit", "--priority", "highest"], 2, "'highest' is not one of 'high', 'default', 'low'"),
+        (["rerun"], 2, "either job ids, or --dead"),
+        (["rerun", "j0-x", "--dead"], 2, "either job ids, or --dead"),
+        (["rerun", "--dead"], 2, "--dead wants a filter, or --all"),
+        (["rerun", "j0-x", "--kind", "work"], 2, "filters go with --dead"),
+        (["strike", "planet", "earth"], 2, "'planet' is not one of 'queue', 'kind', 'tool'"),
+        (["submit", "--watch", "--wait"], 2, "either --watch or --wait"),
+        (["signal", "j0-x", "go", "--payload", "{"], 1, "--payload is not JSON"),
+        (["pause", "j0-x", "--url", NOBODY], 1, "no answer from"),
         (["serve", "--port", "many"], 2, "'many' is not a valid integer"),
         (["--nope"], 2, "--nope"),
     ],

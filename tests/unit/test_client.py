@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
-from streamjobs.client import Client, GatewayError, GatewayUnreachable, client
+from streamjobs.client import Client, GatewayError, GatewayUnreachable, JobCancelled, JobFailed, client
 from streamjobs.client.client import WatchedEvent
+from streamjobs.errors import Invalid
 
 JOB = "j0-x"
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -225,3 +227,129 @@ async def test_leaving_closes_the_connection():
         await anext(events)
         await events.aclose()
         assert is_closed
+
+
+# --- handles
+
+
+def outcome(now: str, output: Any = None, artifact: str = "") -> Answer:
+    return status(200, id=JOB, status=now, output=output, output_artifact=artifact)
+
+
+async def test_start_sends_what_was_given_and_nothing_else():
+    """A default of the client would win over the workflow's own."""
+    gateway = Gateway(status(202, id=JOB, kind="review", status="queued"))
+    async with connect(gateway) as made:
+        handle = await made.start("review", {"path": "src"}, key="k1", delay=5, timeout=60, metadata={"a": 1})
+        assert (handle.id, handle.kind) == (JOB, "review")
+    request = gateway.requests[0]
+    assert json.loads(request.content) == {
+        "kind": "review", "input": {"path": "src"}, "delay": 5, "timeout": 60, "metadata": {"a": 1},
+    }  # fmt: skip
+    assert request.headers["idempotency-key"] == "k1"
+    assert request.headers["content-type"] == "application/json"
+
+
+async def test_structs_are_inputs_and_what_is_no_json_is_refused_here():
+    """The types that a workflow declares could not be used to call it; a typo would be a TypeError."""
+
+    class Project(msgspec.Struct):
+        path: str
+
+    gateway = Gateway(status(202, id=JOB, kind="review"))
+    async with connect(gateway) as made:
+        await made.start("review", Project("src"))
+        assert json.loads(gateway.requests[0].content)["input"] == {"path": "src"}
+        with pytest.raises(Invalid):
+            await made.start("review", object())
+
+
+async def test_a_result_is_waited_for_over_many_requests():
+    """A job of an hour would be given up after the first proxy's timeout."""
+    gateway = Gateway(outcome("running"), away, status(503), outcome("completed", output={"n": 1}))
+    async with connect(gateway) as made:
+        assert await made.handle(JOB).result() == {"n": 1}
+    assert len(gateway.requests) == 4
+    assert {request.url.path for request in gateway.requests} == {f"/v1/jobs/{JOB}/result"}
+
+
+async def test_a_large_result_is_fetched():
+    """Only small results would come back, and larger ones as null."""
+    gateway = Gateway(
+        outcome("completed", artifact="result"),
+        lambda _request: httpx.Response(200, content=b"[1, 2]"),
+    )
+    async with connect(gateway) as made:
+        assert await made.handle(JOB).result() == [1, 2]
+    assert gateway.requests[1].url.path == f"/v1/jobs/{JOB}/artifacts/result"
+
+
+async def test_a_job_that_failed_raises_with_all_that_is_known():
+    """A failed job's result would be None, and the program would go on with it."""
+    error = {"code": "boom", "message": "it broke", "retryable": False}
+    gateway = Gateway(outcome("failed"), status(200, id=JOB, status="failed", error=error, attempt=3))
+    async with connect(gateway) as made:
+        with pytest.raises(JobFailed, match="boom: it broke") as failed:
+            await made.handle(JOB).result()
+    assert failed.value.error == error
+    assert failed.value.view["attempt"] == 3
+
+
+async def test_a_job_that_was_cancelled_is_no_failure():
+    """Who cancelled a job would be called at night for it."""
+    gateway = Gateway(outcome("cancelled"), status(200, id=JOB, status="cancelled"))
+    async with connect(gateway) as made:
+        with pytest.raises(JobCancelled):
+            await made.handle(JOB).result()
+
+
+async def test_waiting_for_a_result_ends():
+    """A program would hang on a job that waits for a person."""
+    async with connect(Gateway(outcome("waiting"))) as made:
+        with pytest.raises(TimeoutError, match="has not ended within 0 s"):
+            await made.handle(JOB).result(timeout=0)
+
+
+async def test_a_gateway_that_stays_away_ends_the_wait():
+    """A program would hang for ever on an address that nobody answers."""
+    async with connect(Gateway(away), patience=0.0) as made:
+        with pytest.raises(GatewayUnreachable):
+            await made.handle(JOB).result()
+
+
+async def test_a_refusal_ends_the_wait_at_once():
+    """A job that does not exist would be waited for."""
+    gateway = Gateway(status(404, code="not_found", detail="no such job"))
+    async with connect(gateway) as made:
+        with pytest.raises(GatewayError, match="no such job"):
+            await made.handle(JOB).result()
+    assert len(gateway.requests) == 1
+
+
+async def test_a_handle_says_everything_to_its_own_job():
+    """Half of the routes would have to be called by hand."""
+    answer = status(200, id=JOB, kind="k", status="paused", lines=[1], effects=[2], repeated=False, text="x")
+    gateway = Gateway(answer)
+    async with connect(gateway) as made:
+        handle = made.handle(JOB)
+        assert await handle.status() == "paused"
+        assert await handle.log(level="warning") == [1]
+        assert await handle.effects() == [2]
+        assert (await handle.pause("lunch"), await handle.resume()) == ("paused", "paused")
+        assert await handle.signal("ready", {"a": 1}, key="k") is True
+        await handle.approve("fine")
+        await handle.deny("no", request="call-7")
+        await handle.cancel("enough")
+        assert (await handle.rerun(key="again")).id == JOB
+    asked = [(r.method, r.url.path.removeprefix(f"/v1/jobs/{JOB}"), r.content) for r in gateway.requests[3:]]
+    assert [(method, path, json.loads(body or b"null")) for method, path, body in asked] == [
+        ("POST", "/pause", {"reason": "lunch"}),
+        ("POST", "/resume", None),
+        ("POST", "/signal", {"name": "ready", "payload": {"a": 1}, "key": "k"}),
+        ("POST", "/signal", {"name": "approve", "payload": {"comment": "fine", "key": ""}, "key": ""}),
+        ("POST", "/signal", {"name": "deny", "payload": {"comment": "no", "key": "call-7"}, "key": ""}),
+        ("POST", "/cancel", {"reason": "enough"}),
+        ("POST", "/rerun", None),
+    ]
+    assert gateway.requests[-1].headers["idempotency-key"] == "again"
+    assert gateway.requests[1].url.params["level"] == "warning"

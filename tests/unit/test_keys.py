@@ -35,10 +35,14 @@ NAMES = {
     "sj:{0}:sweep": ("hash", "forever"),
     "sj:{0}:feed": ("stream", "capped"),
     "sj:{0}:owner:anna:events": ("stream", "ttl"),
+    "sj:{0}:rate:anna": ("string", "ttl"),
     "sj:{0}:bucket:tool:search": ("string", "ttl"),
     "sj:{0}:take:w1": ("string", "ttl"),
     "sj:{0}:worker:w1": ("string", "ttl"),
     "sj:{0}:workers": ("zset", "live"),
+    "sj:{0}:schedule:s0-abcdefghijklmnopqrstuvwxy2": ("hash", "live"),
+    "sj:{0}:schedules": ("zset", "live"),
+    "sj:{0}:owner:anna:schedules": ("zset", "live"),
 }
 
 

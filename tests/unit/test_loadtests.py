@@ -1,12 +1,17 @@
 """The pure parts of the load tests: statistics, CPU lines, report cells and tables, the command line."""
 
+import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from loadtests import __main__ as command
-from loadtests import jobs, latency, measure, provider, report, tokens
+from loadtests import cancel, jobs, latency, measure, pacing, provider, report, steps, tokens
+from loadtests.marks import Marks, Pen
 from loadtests.peers.peer import Peer
+from loadtests.processes import RunError
 from loadtests.token_systems import Transcript, _transcript
 
 from streamjobs.testing.scenario import Conversation, choose, parse_scenario
@@ -165,6 +170,157 @@ class TestTokens:
         assert section.tables[1].rows[1][4] == "-"
 
 
+class TestMarks:
+    def test_only_whole_lines_and_first_marks_count(self, tmp_path: Path) -> None:
+        """A worker writes while the file is read; a workflow that is replayed begins twice."""
+        file = tmp_path / "marks"
+        marks = Marks(file)
+        assert marks.read().ended == {}
+        pen = Pen(str(file))
+        pen.begin(7)
+        pen.end(7)
+        with file.open("ab") as half:
+            half.write(b"s 8 17")
+            half.flush()
+            assert list(marks.read().begun) == [7]
+            half.write(b".5\ns 7 99.0\n")
+        assert marks.read().begun[8] == 17.5
+        assert marks.begun[7] != 99.0
+
+    async def test_a_stream_whose_client_leaves_is_marked_by_its_number(self, tmp_path: Path) -> None:
+        """Without it nobody knows when a cancel has reached the provider."""
+        file = tmp_path / "marks"
+        messages = iter(
+            [{"type": "http.request", "body": b'{"content": "stream 12"}'}, {"type": "http.disconnect"}]
+        )
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def app(_scope: Any, receive: Any, _send: Any) -> None:
+            await receive()
+            assert Marks(file).read().ended == {}
+            await receive()
+
+        await provider.Witness(app, Pen(str(file)))({"type": "http"}, receive, receive)
+        assert list(Marks(file).read().ended) == [12]
+
+
+class TestPacing:
+    async def test_a_slow_answer_delays_nobody(self) -> None:
+        """Waiting for one answer before the next submission would hide every queue that builds up."""
+        everyone = asyncio.Event()
+        seen: list[int] = []
+
+        async def submit(number: int) -> str:
+            seen.append(number)
+            if len(seen) == 3:
+                everyone.set()
+            await everyone.wait()
+            return f"id-{number}"
+
+        submitted = await pacing.submit_all(pacing.Plan(5, 3, 1000.0), submit)
+        assert submitted.ids == ["id-5", "id-6", "id-7"]
+        assert submitted.at == sorted(submitted.at)
+
+    async def test_without_a_rate_every_number_is_submitted_once(self) -> None:
+        """A workflow that is missing, or there twice, would make the clock run to the timeout."""
+        seen: list[int] = []
+
+        async def submit(number: int) -> str:
+            seen.append(number)
+            await asyncio.sleep(0)
+            return str(number)
+
+        submitted = await pacing.submit_all(pacing.Plan(0, 50, 0.0), submit)
+        assert sorted(seen) == list(range(50))
+        assert submitted.ids == [str(n) for n in range(50)]
+
+    def test_a_plan_survives_the_command_line(self) -> None:
+        """The submitting child gets it as arguments."""
+        plan = pacing.Plan(3, 4, 0.5)
+        assert pacing.Plan.parse(plan.arguments()) == plan
+
+
+class TestStepsSection:
+    options = command.parse(["steps", "--repeat", "1"])
+
+    def run(self, system: str, rate: float, cpu: float | None) -> steps.Run:
+        drain = steps.Drain(100, 1000 / rate, cpu, cpu)
+        half = steps.HalfLoad(50, rate / 20, {"p50": 0.002, "p99": 0.009}, {"p50": 0.01, "p99": 0.05})
+        return steps.Run(system, 1, drain, half)
+
+    def section(self, runs: list[steps.Run], reasons: dict[str, str]) -> report.Section:
+        return steps.section(self.options, steps.SYSTEMS[:2], runs, reasons, {})
+
+    def test_rows_compare_rates_and_cpu(self) -> None:
+        """The comparison itself: ten steps a workflow, worker and store together."""
+        runs = [self.run("streamjobs", 5000.0, 0.05), self.run("DBOS", 500.0, 1.0)]
+        drained, half = self.section(runs, {"DBOS": "not run: only for this test"}).tables[:2]
+        assert drained.rows[0] == ["streamjobs", "5,000", "-", "50.0", "50.0", "10,000", "-"]
+        assert drained.rows[1] == ["DBOS", "500", "10.00 x", "1,000", "1,000", "500", "20.00 x"]
+        assert half.rows[0] == ["streamjobs", "250", "2.00", "9.00", "10.0", "50.0"]
+
+    def test_a_system_that_did_not_run_keeps_its_rows_and_reason(self) -> None:
+        """A machine without Postgres must still get a report, and the report must say what is missing."""
+        reason = "not run: no `initdb` here"
+        section = self.section([self.run("streamjobs", 5000.0, None)], {"DBOS": reason})
+        assert [table.rows[1][1] for table in section.tables[:2]] == [reason, reason]
+        assert section.tables[0].rows[0][3:6] == ["-", "-", "-"]
+        assert all(report.table(table) for table in section.tables)
+        assert section.failures == []
+
+    def test_drains_add_up(self) -> None:
+        """A fast system drains again and again, until its clock has run long enough to be read."""
+        total = steps.Drain(10, 1.0, 0.5, None) + steps.Drain(30, 1.0, 0.25, 0.1)
+        assert total == steps.Drain(40, 2.0, 0.75, None)
+        assert total.rate == 200.0
+
+
+class TestCancel:
+    REQUESTED = ("job.cancel_requested", {"ts": 1000})
+    DELTA = ("text.delta", {"ts": 1001})
+
+    def cancelled(self, deltas: int) -> tuple[str, dict[str, Any]]:
+        return "job.cancelled", {"ts": 1004, "deltas_after": deltas}
+
+    def test_a_log_without_later_deltas_is_silent_at_once(self) -> None:
+        """The figure that the proof of a cancel is about."""
+        found = cancel.ending([self.DELTA, self.REQUESTED, self.cancelled(0)], 1.0025)
+        assert found == cancel.Ending(0.0, pytest.approx(0.0025), pytest.approx(0.004), 0)
+
+    def test_a_later_delta_counts_until_the_end(self) -> None:
+        """When a delta was committed is not in the log; only the job's end bounds it."""
+        found = cancel.ending([self.REQUESTED, self.DELTA, self.cancelled(1)], 1.002)
+        assert (found.silent, found.deltas_after) == (pytest.approx(0.004), 1)
+
+    @pytest.mark.parametrize("log", [[REQUESTED, DELTA], [REQUESTED, DELTA, ("job.completed", {"ts": 2})]])
+    def test_a_job_that_was_not_cancelled_fails_the_run(self, log: list[Any]) -> None:
+        """An early end by itself must not pass as a fast cancel."""
+        with pytest.raises(RunError, match="ends with"):
+            cancel.ending(log, 1.0)
+
+    def test_a_proof_that_does_not_fit_the_log_fails_the_run(self) -> None:
+        """`deltas_after` is what users rely on."""
+        with pytest.raises(RunError, match="1 deltas follow"):
+            cancel.ending([self.REQUESTED, self.DELTA, self.cancelled(0)], 1.0)
+
+    def test_each_mode_has_its_three_times(self) -> None:
+        """A mode that failed keeps its row, with the reason."""
+        options = command.parse(["cancel"])
+        endings = [cancel.Ending(0.0, 0.003, 0.004, 0), cancel.Ending(0.008, 0.005, 0.008, 2)]
+        found = cancel.section(options, [cancel.Run("one by one", 1, endings)], {"all at once": "failed: no"})
+        rows = found.tables[0].rows
+        assert [row[2:5] for row in rows[:3]] == [
+            ["0.00", "8.00", "8.00"],
+            ["3.00", "5.00", "5.00"],
+            ["4.00", "8.00", "8.00"],
+        ]
+        assert rows[0][5] == "2.00, 2"
+        assert rows[3][:2] == ["all at once", "failed: no"]
+        assert report.table(found.tables[0])
+
+
 class TestCommandLine:
     def test_quick_shrinks_every_scenario(self) -> None:
         """CI runs --quick; a scenario that forgets it would take minutes there."""
@@ -172,6 +328,7 @@ class TestCommandLine:
         assert quick.repeat == 1
         assert quick.jobs < full.jobs
         assert quick.streams * quick.seconds < full.streams * full.seconds
+        assert quick.workflows < full.workflows
 
     def test_unknown_scenarios_are_refused(self) -> None:
         """A typo must not run everything."""

@@ -11,10 +11,12 @@ import sys
 
 import click
 
+from streamjobs.cli import control, look, operate
 from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.jobs import cancel, status, submit, watch
 from streamjobs.cli.roles import dev, provider, serve, worker
+from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
 
 
@@ -40,7 +42,13 @@ def cli(context: click.Context, debug: bool) -> None:
     context.obj = {"debug": debug}
 
 
-for command in (dev, demo, serve, worker, submit, watch, status, cancel, provider, doctor):
+for command in (
+    dev, demo, serve, worker, provider, doctor, schedules,
+    submit, watch, status, cancel,
+    look.list_jobs, look.result, look.log, look.effects,
+    control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,
+    operate.queues, operate.workers, operate.dead, operate.strike, operate.unstrike, operate.strikes,
+):  # fmt: skip
     cli.add_command(command)
 
 

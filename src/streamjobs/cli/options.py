@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from streamjobs.errors import ConfigError
+from streamjobs.errors import BadRequest, ConfigError
 
 if TYPE_CHECKING:
+    from streamjobs.client import Client
     from streamjobs.config import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -46,6 +48,34 @@ def gateway_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer.")
+"""Add --json."""
+
+
+def ask(url: str, owner: str, call: Callable[[Client], Awaitable[Result]]) -> Result:
+    """Connect to a gateway, make the call and leave."""
+    return run(_asked(url, owner, call))
+
+
+async def _asked(url: str, owner: str, call: Callable[[Client], Awaitable[Result]]) -> Result:
+    from streamjobs.client import Client
+
+    async with Client(url, owner=owner) as client:
+        return await call(client)
+
+
+def json_value(option: str, text: str) -> Any:
+    """An option's JSON; `-` is what standard input holds. Raises `BadRequest`."""
+    import msgspec
+
+    from streamjobs.events import UNENCODABLE
+
+    try:
+        return msgspec.json.decode(sys.stdin.read() if text == "-" else text)
+    except UNENCODABLE as error:
+        raise BadRequest(f"{option} is not JSON: {error}") from error
 
 
 def read_settings(

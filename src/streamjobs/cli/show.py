@@ -9,6 +9,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.text import Text
 
+from streamjobs.cli.output import printable
 from streamjobs.client import WatchedEvent
 
 _STYLES = {
@@ -26,12 +27,6 @@ _STYLES = {
     "error": "bold red",
 }
 _MAX = 110
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """The text without control characters: models and tools must not steer a terminal."""
-    return text.translate(_CONTROLS)
 
 
 class Screen:

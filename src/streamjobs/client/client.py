@@ -1,14 +1,17 @@
-"""An asynchronous client: submit, look, cancel, and watch a job to its end.
+"""An asynchronous client: start jobs, look, act, watch them to their end, and operate the fleet.
 
 Rule 1: `watch` resumes by itself, from the last event it yielded; each event comes once, in order.
 Rule 2: what the gateway refuses is a `GatewayError` with its code; what cannot be reached is
-`GatewayUnreachable`, after `patience` seconds without any answer.
+`GatewayUnreachable`. Only what waits (`watch`, `wait`) comes back by itself, for `patience` seconds; whether
+an act may be sent again is for its caller to say, with a key.
+Rule 3: every route is one method here, by the job's id; `Handle` is these methods for one job.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import AsyncGenerator
@@ -19,13 +22,17 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from streamjobs.client.handle import ENDED, Handle
+from streamjobs.client.schedules import SchedulesClient
 from streamjobs.cursor import Cursor, parse_cursor
-from streamjobs.errors import InvalidCursor, StreamjobsError
-from streamjobs.events import TERMINAL, Json
+from streamjobs.errors import Invalid, InvalidCursor, StreamjobsError
+from streamjobs.events import TERMINAL, UNENCODABLE, Json, encode_json
 from streamjobs.llm.sse import EventParser, ServerSentEvent
 
 _SILENCE = 45.0
 """Seconds without a byte, three heartbeats, after which a stream counts as dead."""
+_POLL = 30.0
+"""Seconds that one request waits for a job's end."""
 _ENDS = TERMINAL | {"error"}
 _UNPLACED = frozenset({"reset", "error"})
 """Events that are none of the log's: the id that a parser has for them is the one before."""
@@ -76,6 +83,7 @@ class Client:
         except httpx.InvalidURL as error:
             raise GatewayUnreachable(f"not an address: {base_url} ({error})") from error
         self._patience = patience
+        self.schedules = SchedulesClient(self._call)
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,20 +93,175 @@ class Client:
     ) -> None:
         await self._http.aclose()
 
+    # --- start
+
     async def submit(self, submission: dict[str, Json], *, idempotency_key: str = "") -> dict[str, Any]:
         """Submit a job as `POST /v1/jobs` takes it; returns its id, status, cursor and links."""
-        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
-        return await self._call("POST", "/v1/jobs", json=submission, headers=headers)
+        return await self._post("/v1/jobs", submission, idempotency_key)
+
+    async def start(
+        self,
+        kind: str,
+        input: object = None,  # noqa: A002 - what the field is called everywhere
+        *,
+        key: str = "",
+        queue: str | None = None,
+        priority: str | None = None,
+        delay: float | None = None,
+        timeout: float | None = None,
+        start_timeout: float | None = None,
+        max_attempts: int | None = None,
+        concurrency_key: str | None = None,
+        thread_id: str | None = None,
+        message_id: str | None = None,
+        metadata: dict[str, Json] | None = None,
+    ) -> Handle:
+        """Submit a job and get a handle on it; the same `key` is the same job.
+
+        `input` may be anything that encodes to JSON, structs and dataclasses too. Durations are in seconds;
+        None leaves a field to the workflow and the settings. Raises `GatewayError`, `GatewayUnreachable`,
+        `Invalid` where the input does not encode.
+        """
+        asked = {
+            "queue": queue, "priority": priority, "delay": delay, "timeout": timeout,
+            "start_timeout": start_timeout, "max_attempts": max_attempts, "concurrency_key": concurrency_key,
+            "thread_id": thread_id, "message_id": message_id, "metadata": metadata,
+        }  # fmt: skip
+        given = {name: value for name, value in asked.items() if value is not None}
+        answer = await self.submit({"kind": kind, "input": input, **given}, idempotency_key=key)
+        return Handle(self, answer["id"], kind)
+
+    def handle(self, job_id: str, kind: str = "") -> Handle:
+        """A handle on a job that exists."""
+        return Handle(self, job_id, kind)
+
+    async def rerun(self, job_id: str, *, key: str = "") -> Handle:
+        """Submit an ended job again, as a new one that is linked to it."""
+        answer = await self._post(f"{_path(job_id)}/rerun", None, key)
+        return Handle(self, answer["id"], answer["kind"])
+
+    # --- look
 
     async def get(self, job_id: str) -> dict[str, Any]:
         """A job's view."""
         return await self._call("GET", _path(job_id))
 
+    async def result(self, job_id: str, wait: float = 0.0) -> dict[str, Any]:
+        """What came of a job so far, after waiting up to `wait` seconds for its end."""
+        return await self._call("GET", f"{_path(job_id)}/result", params={"wait": f"{max(wait, 0.0):.3f}"})
+
+    async def wait(self, job_id: str, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for a job's end, over any number of requests; its `result`. Raises `TimeoutError`."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        viewer = _Viewer(None)
+        while True:
+            began = time.monotonic()
+            seconds = max(0.0, min(_POLL, until - began))
+            try:
+                answer = await self.result(job_id, seconds)
+            except (GatewayUnreachable, GatewayError) as error:
+                if not _is_passing(error) or viewer.seconds_alone() > self._patience:
+                    raise
+                answer = None
+            else:
+                viewer.has_company()
+            if answer is not None and answer["status"] in ENDED:
+                return answer
+            if time.monotonic() >= until:
+                raise TimeoutError(f"{job_id} has not ended within {timeout:g} s")
+            if answer is None or time.monotonic() - began < seconds / 2:
+                await asyncio.sleep(viewer.pause())  # a gateway that is away, or drains, answers at once
+
+    async def log(self, job_id: str, *, level: str = "debug", limit: int = 1000) -> list[dict[str, Any]]:
+        """The newest lines of a job's log for people, from a level up, oldest first."""
+        answer = await self._call("GET", f"{_path(job_id)}/log", params={"level": level, "limit": limit})
+        return answer["lines"]
+
+    async def effects(self, job_id: str) -> list[dict[str, Any]]:
+        """Every tool call and step of a job, and how far it is known to be."""
+        return (await self._call("GET", f"{_path(job_id)}/effects"))["effects"]
+
+    async def artifact(self, job_id: str, name: str) -> bytes:
+        """The content of something that a job made; its media type is in the view's `artifacts`."""
+        return (await self._request("GET", f"{_path(job_id)}/artifacts/{quote(name, safe='')}")).content
+
+    async def jobs(
+        self, *, status: str = "", kind: str = "", limit: int = 50, cursor: str = ""
+    ) -> dict[str, Any]:
+        """One page of the owner's recent jobs, newest first: `jobs`, and the `cursor` of the next page."""
+        return await self._call("GET", "/v1/jobs", params=_given(status=status, kind=kind, limit=limit,
+                                                                 cursor=cursor))  # fmt: skip
+
+    # --- act
+
     async def cancel(self, job_id: str, reason: str = "") -> dict[str, Any]:
         """Ask for a job's end."""
-        return await self._call(
-            "POST", f"{_path(job_id)}/cancel", json={"reason": reason} if reason else None
-        )
+        return await self._post(f"{_path(job_id)}/cancel", _given(reason=reason))
+
+    async def pause(self, job_id: str, reason: str = "", *, key: str = "") -> dict[str, Any]:
+        """Park a job until it is resumed; `status` is `paused`, or `requested` while it still runs."""
+        return await self._post(f"{_path(job_id)}/pause", _given(reason=reason), key)
+
+    async def resume(self, job_id: str, reason: str = "", *, key: str = "") -> dict[str, Any]:
+        """Let a paused job go on."""
+        return await self._post(f"{_path(job_id)}/resume", _given(reason=reason), key)
+
+    async def signal(self, job_id: str, name: str, payload: object = None, *, key: str = "") -> bool:
+        """Send a live job a value; False where the `key` was used before, and nothing was done."""
+        body = {"name": name, "payload": payload, "key": key}
+        return not (await self._post(f"{_path(job_id)}/signal", body))["repeated"]
+
+    async def approve(self, job_id: str, comment: str = "", *, request: str = "", key: str = "") -> bool:
+        """Say yes to the approval of that `request` key, or to the oldest that waits."""
+        return await self.signal(job_id, "approve", {"comment": comment, "key": request}, key=key)
+
+    async def deny(self, job_id: str, comment: str = "", *, request: str = "", key: str = "") -> bool:
+        """Say no to the approval of that `request` key, or to the oldest that waits."""
+        return await self.signal(job_id, "deny", {"comment": comment, "key": request}, key=key)
+
+    # --- operate
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """Who works."""
+        return (await self._call("GET", "/v1/workers"))["workers"]
+
+    async def queues(self) -> list[dict[str, Any]]:
+        """What waits in each queue, and since when."""
+        return (await self._call("GET", "/v1/queues"))["queues"]
+
+    async def workflows(self) -> list[dict[str, Any]]:
+        """Every kind of job that may be submitted."""
+        return (await self._call("GET", "/v1/workflows"))["workflows"]
+
+    async def tools(self) -> list[dict[str, Any]]:
+        """Every tool that a model may be given."""
+        return (await self._call("GET", "/v1/tools"))["tools"]
+
+    async def dead(self, **where: Any) -> dict[str, Any]:
+        """One page of failed jobs, newest first.
+
+        `where`: kind, queue, code, owner, since, until, limit, cursor.
+        """
+        return await self._call("GET", "/v1/dead", params=_given(**where))
+
+    async def rerun_dead(self, *, key: str = "", **where: Any) -> list[dict[str, str]]:
+        """Submit failed jobs again: `from` and `to` of each; `where` as in `dead`, without a cursor."""
+        return (await self._post("/v1/dead/rerun", _given(**where), key))["rerun"]
+
+    async def strikes(self) -> list[dict[str, Any]]:
+        """What operators have stopped."""
+        return (await self._call("GET", "/v1/strikes"))["strikes"]
+
+    async def strike(self, scope: str, name: str, reason: str = "") -> bool:
+        """Stop a queue, a kind or a tool for the whole fleet; False where it was stopped already."""
+        content = _encoded(_given(reason=reason))
+        return (await self._call("PUT", _strike(scope, name), content=content))["changed"]
+
+    async def unstrike(self, scope: str, name: str) -> bool:
+        """Let it go on; False where it was not stopped."""
+        return (await self._call("DELETE", _strike(scope, name)))["changed"]
+
+    # --- watch
 
     async def watch(self, job_id: str, after: str | None = None) -> AsyncGenerator[WatchedEvent]:
         """Yield a job's events until its end, over any number of connections.
@@ -144,7 +307,23 @@ class Client:
                     if watched is not None:
                         yield watched
 
+    # --- requests
+
+    async def _post(self, path: str, body: object, key: str = "") -> dict[str, Any]:
+        headers = {"idempotency-key": key} if key else {}
+        return await self._call("POST", path, content=_encoded(body), headers=headers)
+
     async def _call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        response = await self._request(method, path, **request)
+        try:
+            return msgspec.json.decode(response.content, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            message = f"what answers at {self._http.base_url} is no gateway"
+            raise GatewayError(message, "no_gateway", response.status_code) from error
+
+    async def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
+        if request.get("content"):
+            request["headers"] = {"content-type": "application/json", **request.get("headers", {})}
         try:
             response = await self._http.request(method, path, **request)
         except httpx.TransportError as error:
@@ -153,11 +332,7 @@ class Client:
             ) from error
         if response.is_error:
             raise _refusal(response, response.content)
-        try:
-            return msgspec.json.decode(response.content, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
-            message = f"what answers at {self._http.base_url} is no gateway"
-            raise GatewayError(message, "no_gateway", response.status_code) from error
+        return response
 
 
 class _Viewer:
@@ -205,6 +380,28 @@ class _Viewer:
 
 def _path(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _strike(scope: str, name: str) -> str:
+    return f"/v1/strikes/{quote(scope, safe='')}/{quote(name, safe='')}"
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in {"", None}}
+
+
+def _encoded(body: object) -> bytes:
+    """A body as JSON; none for None or no fields. Raises `Invalid`."""
+    if body is None or body == {}:
+        return b""
+    try:
+        return encode_json(body)
+    except UNENCODABLE as error:
+        raise Invalid(f"cannot be sent as JSON: {error}") from error
+
+
+def _is_passing(error: StreamjobsError) -> bool:
+    return isinstance(error, GatewayUnreachable) or error.http_status in _PASSING
 
 
 def _seq(cursor: str | None) -> Cursor:

@@ -14,15 +14,21 @@ from collections.abc import Callable, Generator
 
 import structlog
 import uvloop
+from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamjobs.config import Settings
+from streamjobs.gateway.act import ActRoutes
+from streamjobs.gateway.catalog import CatalogRoutes
 from streamjobs.gateway.edge import Edge
 from streamjobs.gateway.events import Events
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.jobs import JobRoutes, Registry
+from streamjobs.gateway.look import LookRoutes
+from streamjobs.gateway.operate import OperateRoutes
 from streamjobs.gateway.probes import Probes
+from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
@@ -42,10 +48,17 @@ class Gateway:
         self._sweeper = Sweeper(store)
         self._sweeping: asyncio.Task[None] | None = None
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
-        jobs = JobRoutes(store, self.hub, registry, settings).routes()
-        events = Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"])
+        api = [
+            *JobRoutes(store, self.hub, registry, settings).routes(),
+            *LookRoutes(store, self.hub, settings).routes(),
+            Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
+            *ActRoutes(store, self.hub.snapshots, settings).routes(),
+            *ScheduleRoutes(store, registry, settings).routes(),
+            *CatalogRoutes(registry).routes(),
+            *OperateRoutes(store, settings).routes(),
+        ]
         self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*jobs, events, *([] if settings.ops_port else probes)])
+        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)])
 
     async def start(self) -> None:
         """Start the loops."""
@@ -67,7 +80,26 @@ class Gateway:
 
 def routed(routes: list[Route]) -> ASGIApp:
     """An ASGI app of these routes; what they do not have and what goes wrong become problem documents."""
-    return Edge(Router(routes, redirect_slashes=False))
+    return Edge(Router([*routes, *_other_methods(routes)], redirect_slashes=False))
+
+
+def _other_methods(routes: list[Route]) -> list[Route]:
+    """For paths with several routes: by itself each would name its own methods only in `Allow`."""
+    methods: dict[str, list[set[str]]] = {}
+    for route in routes:
+        methods.setdefault(route.path, []).append(route.methods or set())
+    shared = {path: set[str]().union(*each) for path, each in methods.items() if len(each) > 1}
+    return [Route(path, _Refusal(", ".join(sorted(allowed)))) for path, allowed in shared.items()]
+
+
+class _Refusal:
+    """An ASGI app; a plain function would get GET only."""
+
+    def __init__(self, allow: str) -> None:
+        self._allow = allow
+
+    async def __call__(self, _scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise HTTPException(405, headers={"Allow": self._allow})
 
 
 class Stop:

@@ -92,10 +92,10 @@ def decode_body(body: bytes) -> Json:
     return value
 
 
-def fields_of(value: Any, kind: type[Fields]) -> Fields:
-    """The body's fields as a struct. Raises `Invalid` that names the field."""
+def fields_of(value: Any, kind: type[Fields], *, strict: bool = True) -> Fields:
+    """The body's fields as a struct; not `strict`, numbers may be text. Raises `Invalid` naming the field."""
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise Invalid(bounded(_named(str(error)))) from None
 

@@ -3,6 +3,7 @@
 Rule 1: `code` is stable and clients may branch on it; `title` and `detail` are for people.
 Rule 2: an error that nobody raised on purpose is logged, and its answer says nothing about the inside.
 Rule 3: `Invalid` begins its message with the field at fault and a colon; that field is a member of its own.
+Rule 4: how a job has ended is `job_status`; `status` is the answer's own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from streamjobs.errors import BadRequest, Invalid, StreamjobsError
+from streamjobs.errors import BadRequest, Invalid, JobEnded, StreamjobsError
 from streamjobs.events import clean_text, encode_json
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,8 @@ def problem_of(error: StreamjobsError) -> dict[str, Any]:
     field = _FIELD.match(detail) if isinstance(error, Invalid | BadRequest) else None
     if field is not None:
         document["field"] = field[1]
+    if isinstance(error, JobEnded) and error.state:
+        document["job_status"] = error.state
     return document
 
 

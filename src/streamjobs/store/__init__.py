@@ -13,12 +13,15 @@ from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.dead import Dead, DeadFilter, DeadJob
-from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission
+from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.permits import Permit, Permits
+from streamjobs.store.queues import QueueInfo, Queues
+from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.strikes import Strike, Strikes
+from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -40,14 +43,20 @@ __all__ = [
     "Page",
     "Permit",
     "Permits",
+    "QueueInfo",
+    "Queues",
     "Receipt",
     "Renewal",
+    "ScheduleRecord",
+    "Schedules",
     "Store",
     "Strike",
     "Strikes",
     "Submission",
     "Sweep",
     "Taken",
+    "Tick",
+    "Ticks",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -73,7 +82,10 @@ class Store:
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
         self.dead = Dead(client, settings)
+        self.queues = Queues(client, settings)
         self.workers = Workers(client, settings)
+        self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
+        self.ticks = Ticks(self.schedules, self.jobs)
         self.live = Live(self._subscriber)
 
     @classmethod

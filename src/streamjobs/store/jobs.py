@@ -10,6 +10,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,21 +22,44 @@ from streamjobs.errors import (
     IdempotencyMismatch,
     Invalid,
     JobEnded,
+    JobNotEnded,
     JobNotFound,
     LimitExceeded,
+    Overlapping,
+    ScheduleNotFound,
     StreamjobsError,
+    TickTaken,
     TooDeep,
     TooManyChildren,
     UnknownQueue,
 )
-from streamjobs.events import UNENCODABLE, JobQueued, Json, encode_event, encode_json
+from streamjobs.events import UNENCODABLE, JobQueued, Json, decode_event, encode_event, encode_json
 from streamjobs.store import keys
-from streamjobs.store.log import stored_cursor
+from streamjobs.store.dead import Dead, DeadFilter
+from streamjobs.store.log import Log, stored_cursor
+from streamjobs.store.recent import Recent
 from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BATCH = 500
+_HEAD = ("status", "owner", "kind", "queue", "last", "cancel", "created")
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """What a submission is to a schedule: accepted only while the schedule waits for `due_ms`.
+
+    `next_ms` is what it waits for afterwards. Without `due_ms` the job comes out of turn, and only needs the
+    schedule to be there.
+    """
+
+    schedule_id: str
+    due_ms: int = 0
+    next_ms: int = 0
+
+    def guard(self) -> str:
+        """Its part of a submission's row."""
+        return f"{self.schedule_id} {self.due_ms or '-'} {self.next_ms or '-'}"
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +86,9 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes = b""
     job_id: str = ""
     parent: str = ""
+    rerun_of: str = ""
+    rerun_by: str = ""
+    tick: Tick | None = None
 
 
 class Receipt(NamedTuple):
@@ -82,6 +109,7 @@ class JobRecord(NamedTuple):
     queue: str
     last: Cursor
     cancel_requested: bool
+    created_ms: int = 0
 
     @property
     def is_ended(self) -> bool:
@@ -96,14 +124,22 @@ class Jobs:
         self._client: Any = client
         self._scripts = scripts
         self._settings = settings
+        self._log = Log(client, scripts)
+        self._dead = Dead(client, settings)
+        self._recent = Recent(client, settings)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
 
         Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`; of a child
-        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`.
+        also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`;
+        with a `tick` also `ScheduleNotFound`, `TickTaken`, `Overlapping`.
         """
         return (await self.submit_many([submission]))[0]
+
+    def check(self, submission: Submission) -> None:
+        """Raise what `submit` would raise before it asks Redis."""
+        self._row(submission)
 
     async def submit_many(self, submissions: Iterable[Submission]) -> list[Receipt]:
         """Submit many, in one call for each partition and 500 jobs; same order, errors as `submit`.
@@ -144,6 +180,7 @@ class Jobs:
             hashlib.blake2b(sub.body or event, digest_size=16).hexdigest() if sub.idempotency_key else "",
             sub.parent,
             event,
+            sub.tick.guard() if sub.tick else "",
         ]
         return partition, row
 
@@ -168,13 +205,24 @@ class Jobs:
         Raises `JobNotFound`.
         """
         with translated():
-            head: list[Any] = await self._client.hmget(
-                keys.job_key(job_id), ["status", "owner", "kind", "queue", "last", "cancel"]
-            )
+            head: list[Any] = await self._client.hmget(keys.job_key(job_id), _HEAD)
         if head[0] is None:
             raise JobNotFound("no such job")
-        status, owner, kind, queue, last = (text(value) for value in head[:5])
-        return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), bool(head[5]))
+        return _record(job_id, head)
+
+    async def recent(self, owner: str, *, limit: int = 50, before: str = "") -> tuple[list[JobRecord], str]:
+        """An owner's jobs, newest first, behind the cursor `before`; and the next cursor, empty at the end.
+
+        Only jobs that the owner's feed still names and that are still kept; a page may be shorter than
+        `limit` (1 to 500) and not the last. Raises `InvalidCursor`.
+        """
+        ids, cursor = await self._recent.page(owner, max(1, min(limit, 500)), before)
+        with translated():
+            async with self._client.pipeline(transaction=False) as pipe:
+                for job_id in ids:
+                    pipe.hmget(keys.job_key(job_id), _HEAD)
+                heads: list[list[Any]] = await pipe.execute() if ids else []
+        return [_record(i, head) for i, head in zip(ids, heads, strict=True) if head[0] is not None], cursor
 
     async def cancel(self, job_id: str, *, by: str = "", reason: str = "") -> str:
         """Ask for a job's end; its children's too.
@@ -184,7 +232,7 @@ class Jobs:
         """
         answer = await self._act(Scripts.CANCEL, job_id, _fields(by=by, reason=reason))
         if answer[0] == "already" and answer[1] != "cancelled":
-            raise JobEnded(f"the job has already {answer[1]}")
+            raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         return "requested" if answer[0] == "requested" else "cancelled"
 
     async def signal(
@@ -198,7 +246,7 @@ class Jobs:
         fields: dict[str, Json] = {"name": name, "payload": payload, "key": key} | ({"by": by} if by else {})
         answer = await self._act(Scripts.SIGNAL, job_id, key, _fields(**fields))
         if answer[0] == "already":
-            raise JobEnded(f"the job has already {answer[1]}")
+            raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         if answer[0] == "limit":
             raise LimitExceeded("the job's log is full")
         return answer[0] == "ok"
@@ -217,12 +265,62 @@ class Jobs:
         """
         return await self._toggle(Scripts.RESUME, job_id, by, reason, key)
 
+    async def rerun(self, job_id: str, *, key: str = "", by: str = "") -> Receipt:
+        """Submit an ended job once more, as a new job; it is nobody's child and starts without delay.
+
+        The same `key` is the same new job; an empty one is random.
+        Raises `JobNotFound`, `JobNotEnded`, and what `submit` raises.
+        """
+        queued = await self._ended(job_id)
+        new_id = keys.rerun_job_id(job_id, key or secrets.token_hex(16))
+        receipt = await self.submit(_again(job_id, queued, new_id, by))
+        await self._scripts.call(Scripts.RERUN, keys.partition_of_job(job_id), job_id, new_id)
+        return receipt
+
+    async def rerun_many(
+        self, where: DeadFilter, *, key: str, by: str = "", limit: int = 1000
+    ) -> list[tuple[str, str]]:
+        """Run failed jobs again, newest first; returns the id of each and of the new job.
+
+        With the same `key` it may be called again after an error: what it has run already, it leaves out.
+        Raises `Invalid` without a key, and what `rerun` raises but for jobs that are gone.
+        """
+        if not key:
+            raise Invalid("key: at least one character")
+        done: list[tuple[str, str]] = []
+        before = ""
+        while len(done) < limit:
+            jobs, before = await self._dead.page(where, limit=min(limit - len(done), 500), before=before)
+            for job in jobs:
+                with suppress(JobNotFound):
+                    done += await self._rerun_once(job.id, key, by)
+            if not before:
+                break
+        return done
+
+    async def _rerun_once(self, job_id: str, key: str, by: str) -> list[tuple[str, str]]:
+        """Nothing where the job is itself what this key made."""
+        queued = await self._ended(job_id)
+        if queued.rerun_of and keys.rerun_job_id(queued.rerun_of, key) == job_id:
+            return []
+        return [(job_id, (await self.rerun(job_id, key=key, by=by)).job_id)]
+
+    async def _ended(self, job_id: str) -> JobQueued:
+        """How an ended job was submitted."""
+        page = await self._log.page(job_id, limit=1)
+        if page.status not in {"completed", "failed", "cancelled"}:
+            raise JobNotEnded(f"the job is {page.status}")
+        event = decode_event(page.entries[0].type, page.entries[0].data)
+        if not isinstance(event, JobQueued):
+            raise JobNotFound("the job's log has no beginning")
+        return event
+
     async def _toggle(self, script: Any, job_id: str, by: str, reason: str, key: str) -> str:
         answer = await self._act(script, job_id, key or secrets.token_hex(8), _fields(by=by, reason=reason))
         if answer[0] != "already":
             return answer[0]
         if answer[1] in {"completed", "failed", "cancelled"}:
-            raise JobEnded(f"the job has already {answer[1]}")
+            raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         return answer[1]
 
     async def _act(self, script: Any, job_id: str, *arguments: str | bytes) -> list[str]:
@@ -231,6 +329,12 @@ class Jobs:
         if words[0] == "gone":
             raise JobNotFound("no such job")
         return words
+
+
+def _record(job_id: str, head: list[Any]) -> JobRecord:
+    status, owner, kind, queue, last = (text(value) for value in head[:5])
+    cancelled, created = bool(head[5]), int(head[6] or 0)
+    return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), cancelled, created)
 
 
 def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
@@ -248,7 +352,31 @@ def _queued(sub: Submission, timeout_ms: int) -> JobQueued:
         max_attempts=sub.max_attempts,
         concurrency_key=sub.concurrency_key,
         parent=sub.parent,
+        rerun_of=sub.rerun_of,
+        rerun_by=sub.rerun_by,
+        schedule=sub.tick.schedule_id if sub.tick else "",
+        tick_ms=sub.tick.due_ms if sub.tick else 0,
         input=msgspec.Raw(_one_line_json(sub.input)),
+    )
+
+
+def _again(job_id: str, queued: JobQueued, new_id: str, by: str) -> Submission:
+    return Submission(
+        kind=queued.kind,
+        owner=queued.owner,
+        input=bytes(queued.input),
+        queue=queued.queue,
+        priority=queued.priority,
+        thread_id=queued.thread_id,
+        message_id=queued.message_id,
+        metadata=queued.metadata,
+        timeout=queued.timeout_ms / 1000,
+        start_timeout=queued.start_timeout_ms / 1000,
+        max_attempts=queued.max_attempts,
+        concurrency_key=queued.concurrency_key,
+        job_id=new_id,
+        rerun_of=job_id,
+        rerun_by=by,
     )
 
 
@@ -282,7 +410,17 @@ def _receipt(answer: list[Any]) -> Receipt:
         raise JobNotFound("no such parent")
     if verdict == "parent":
         raise JobEnded(f"the parent takes no more children: {rest[0]}")
+    if verdict == "tick":
+        raise _refused_tick(rest[0])
     raise StreamjobsError(f"submit: {rest[0]}")
+
+
+def _refused_tick(why: str) -> StreamjobsError:
+    if why == "gone":
+        return ScheduleNotFound("no such schedule")
+    if why == "overlap":
+        return Overlapping("the job of an earlier tick is live, so this one gives none")
+    return TickTaken("the schedule does not wait for this tick")
 
 
 def _fields(**values: Json) -> bytes:

@@ -14,7 +14,7 @@ import secrets
 import zlib
 from typing import Literal, NamedTuple
 
-from streamjobs.errors import JobNotFound
+from streamjobs.errors import JobNotFound, ScheduleNotFound
 
 Lifetime = Literal["job", "live", "ttl", "capped", "forever"]
 """job: expires when its job's retention ends · live: gone when empty · ttl: always has an expiry ·
@@ -31,12 +31,14 @@ class Key(NamedTuple):
 
 
 def _key(form: str, kind: str, lifetime: Lifetime, meaning: str) -> Key:
-    escaped = re.escape(form).replace("<job>", _JOB).replace("<any>", ".+")
+    escaped = re.escape(form).replace("<job>", _JOB).replace("<schedule>", _SCHEDULE).replace("<any>", ".+")
     return Key(re.compile(r"sj:\{\d+\}:" + escaped), kind, lifetime, meaning)
 
 
 _JOB = r"j\d{1,4}-[a-z2-7]{26}"
+_SCHEDULE = r"s\d{1,4}-[a-z2-7]{26}"
 _JOB_ID = re.compile(r"j(0|[1-9]\d{0,3})-[a-z2-7]{26}", re.ASCII)
+_SCHEDULE_ID = re.compile(r"s(0|[1-9]\d{0,3})-[a-z2-7]{26}", re.ASCII)
 
 KEYS: tuple[Key, ...] = (
     _key("job:<job>", "hash", "job", "the job's state, see FIELDS"),
@@ -64,10 +66,14 @@ KEYS: tuple[Key, ...] = (
     _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
     _key("feed", "stream", "capped", "notes for projections"),
     _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
+    _key("rate:<any>", "string", "ttl", "an owner's submissions: when a whole minute's are there again"),
     _key("bucket:<any>", "string", "ttl", "permits of one name: when all are there again"),
     _key("take:<any>", "string", "ttl", "a worker's last take, for its resend"),
     _key("worker:<any>", "string", "ttl", "a worker's registration"),
     _key("workers", "zset", "live", "worker ids by heartbeat"),
+    _key("schedule:<schedule>", "hash", "live", "a schedule until it is deleted, see SCHEDULE_FIELDS"),
+    _key("schedules", "zset", "live", "schedules that are not paused, by the tick they wait for"),
+    _key("owner:<any>:schedules", "zset", "live", "all of an owner's schedules, by when they were made"),
 )
 
 HEAD = KEYS[0]
@@ -85,6 +91,7 @@ FIELDS: dict[str, str] = {
     "created": "ms; also the epoch half of its first event's id",
     "ended": "ms",
     "error": "code of what it failed with",
+    "rerun": "the newest job that runs it again",
     "seq": "of its last event",
     "last": "id of its last event",
     "bytes": "of all event contents",
@@ -103,6 +110,7 @@ FIELDS: dict[str, str] = {
     "ticket": "class and entry id of its ticket",
     "held": "why it is held",
     "order": "its place among held jobs",
+    "unpaid": "set while its owner's rate has no token for it",
     "wake": "ms, when a scheduled job goes on",
     "timers": "JSON, key -> ms",
     "timeout": "ms, from first start to end",
@@ -122,6 +130,23 @@ FIELDS: dict[str, str] = {
     "artifacts": "bytes of all its artifacts; set if it has any",
 }
 """Fields of a job's hash, all optional but the first few."""
+
+SCHEDULE_FIELDS: dict[str, str] = {
+    "owner": "whose jobs it makes",
+    "definition": "what and when, as JSON",
+    "digest": "of the definition, to see whether it changed",
+    "overlap": "allow or skip, as in the definition: for the script that makes its jobs",
+    "created": "ms",
+    "app": "name of the App whose code declares it; empty for one made by a call",
+    "declared": "ms, when a worker last declared it",
+    "paused": "set while it is",
+    "last_tick": "ms, the last tick that gave a job",
+    "last_job": "the job that was made last, also out of turn",
+    "runs": "how many jobs it made",
+    "skipped": "how many ticks gave no job",
+    "error": "why the last tick gave no job, where its definition was at fault",
+}
+"""Fields of a schedule's hash."""
 
 
 def classify(name: str) -> Key | None:
@@ -150,6 +175,22 @@ def partition_of_job(job_id: str) -> int:
     return int(match[1])
 
 
+def partition_of_schedule(schedule_id: str) -> int:
+    """The partition written into a schedule's id.
+
+    Raises `ScheduleNotFound` for what cannot be an id.
+    """
+    match = _SCHEDULE_ID.fullmatch(schedule_id)
+    if match is None:
+        raise ScheduleNotFound("no such schedule")
+    return int(match[1])
+
+
+def schedule_key(schedule_id: str) -> str:
+    """The key of a schedule's hash."""
+    return f"{prefix(partition_of_schedule(schedule_id))}schedule:{schedule_id}"
+
+
 def job_key(job_id: str) -> str:
     """The key of a job's hash; its log is the same with `:events` behind."""
     return f"{prefix(partition_of_job(job_id))}job:{job_id}"
@@ -171,8 +212,30 @@ def child_job_id(parent_id: str, key: str) -> str:
     return _format_id(partition_of_job(parent_id), digest)
 
 
-def _format_id(partition: int, random: bytes) -> str:
-    return f"j{partition}-{base64.b32encode(random).decode().lower().rstrip('=')}"
+def rerun_job_id(job_id: str, key: str) -> str:
+    """The id of the job that runs another one again: the same for the same key."""
+    digest = hashlib.blake2b(
+        f"{job_id}\0{key}".encode(errors="surrogatepass"), digest_size=16, person=b"rerun"
+    )
+    return _format_id(partition_of_job(job_id), digest.digest())
+
+
+def tick_job_id(schedule_id: str, tick_ms: int) -> str:
+    """The id of the job that a tick gives: the same for all who see the tick."""
+    return _format_id(partition_of_schedule(schedule_id), _digest(schedule_id, str(tick_ms)))
+
+
+def new_schedule_id(partition: int, *names: str) -> str:
+    """A schedule's id: random, or with names the same for the same ones."""
+    return _format_id(partition, _digest(*names) if names else secrets.token_bytes(16), "s")
+
+
+def _digest(*words: str) -> bytes:
+    return hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _format_id(partition: int, random: bytes, letter: str = "j") -> str:
+    return f"{letter}{partition}-{base64.b32encode(random).decode().lower().rstrip('=')}"
 
 
 def scoped_digest(owner: str, key: str) -> str:

@@ -30,6 +30,7 @@ class Limits(msgspec.Struct, frozen=True):
     retention: int
     idempotency: int
     owner_limit: int
+    owner_rate: int
     dead_cap: int
     max_depth: int
     max_children: int
@@ -56,6 +57,7 @@ class Limits(msgspec.Struct, frozen=True):
             retention=ms(settings.retention),
             idempotency=ms(settings.idempotency_ttl),
             owner_limit=settings.owner_limit,
+            owner_rate=settings.owner_rate,
             dead_cap=settings.dead_cap,
             max_depth=settings.max_depth,
             max_children=settings.max_children,
@@ -117,9 +119,12 @@ class Scripts:
     SIGNAL: ClassVar = Script("signal")
     PAUSE: ClassVar = Script("pause", "allow-oom")
     RESUME: ClassVar = Script("resume", "allow-oom")
+    SCHEDULE: ClassVar = Script("schedule")
+    SCHEDULE_ALWAYS: ClassVar = Script("schedule", "allow-oom")
     ARTIFACT: ClassVar = Script("artifact")
     PERMIT: ClassVar = Script("permit", "allow-oom")
     STRIKE: ClassVar = Script("strike", "allow-oom")
+    RERUN: ClassVar = Script("rerun")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 

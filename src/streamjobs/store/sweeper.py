@@ -1,6 +1,7 @@
 """The sweep loop that every role runs: what is due is done also when all workers are away.
 
-The wake script is bounded and works on what is due at that instant, so any number of processes may sweep.
+The wake script is bounded and works on what is due at that instant, and a tick of a schedule gives one job
+whoever makes it, so any number of processes may sweep.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import asyncio
 import structlog
 
 from streamjobs import metrics
-from streamjobs.errors import StreamjobsError
+from streamjobs.errors import StoreFull, StreamjobsError
 from streamjobs.retry import Backoff
 from streamjobs.store import Store, jitter
+from streamjobs.store.ticks import Ticked
 
 log = structlog.get_logger(__name__)
 
@@ -48,10 +50,20 @@ class Sweeper:
 
     async def _sweep(self, partition: int) -> float:
         sweep = await self._store.work.wake(partition)
-        for _, what in sweep.changes:
+        next_tick_ms, ticked = await self._tick_schedules(partition, sweep.now_ms)
+        for _, what in (*sweep.changes, *ticked):
             metrics.SWEPT.labels(what.partition(":")[0]).inc()
         if sweep.more:
             return 0.0
-        if sweep.next_due_ms < 0:
+        due = [ms for ms in (sweep.next_due_ms, next_tick_ms) if ms >= 0]
+        if not due:
             return self._interval
-        return min(self._interval, max(0.01, (sweep.next_due_ms - sweep.now_ms) / 1000))
+        return min(self._interval, max(0.01, (min(due) - sweep.now_ms) / 1000))
+
+    async def _tick_schedules(self, partition: int, now_ms: int) -> Ticked:
+        """A full store takes no jobs: their ticks stay due, everything else goes on."""
+        try:
+            return await self._store.ticks.run_due(partition, now_ms)
+        except StoreFull as error:
+            log.warning("sweep.ticks_failed", error=error.code)
+            return Ticked(-1, [])

@@ -7,18 +7,17 @@ Rule 2: the script that ends a child tells its parent; cancelling a parent cance
 
 from __future__ import annotations
 
-import asyncio
-import random
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from streamjobs import events as ev
-from streamjobs.errors import ChildFailed, Invalid, StoreFull, StoreUnavailable
+from streamjobs.errors import ChildFailed, Invalid
 from streamjobs.events import Json, decode_raw
 from streamjobs.faults import fault
 from streamjobs.store import Submission
 from streamjobs.store.keys import child_job_id
+from streamjobs.worker.patience import patiently
 from streamjobs.worker.replay import Wait
 from streamjobs.worker.values import UNENCODABLE, digest, encode_clean
 
@@ -83,7 +82,8 @@ async def spawn(ctx: Context, kind: str, value: object, key: str, options: dict[
         await ctx.begin_new()
         with ctx.replay.working():
             if not has_ended:
-                await _submit(ctx, _submission(ctx, kind, encoded, child_id, options))
+                submission = _submission(ctx, kind, encoded, child_id, options)
+                await patiently(lambda: ctx.store.jobs.submit(submission))
             fault("after_child_submitted")
             event = ev.ChildSpawned(ts=ctx.clock.now_ms(), job=child_id, key=unique, kind=kind)
             await ctx.record(op, event)
@@ -104,17 +104,5 @@ def _submission(
         }
         chosen = {name: value for name, value in declared.items() if value is not None} | chosen
     queues = ctx.settings.queues
-    chosen.setdefault("queue", "default" if "default" in queues else queues[0])
+    chosen = {"queue": "default" if "default" in queues else queues[0]} | chosen
     return Submission(kind=kind, owner=ctx.owner, input=encoded, job_id=child_id, parent=ctx.job_id, **chosen)
-
-
-async def _submit(ctx: Context, submission: Submission) -> None:
-    """Submit it, however long Redis is away or full: the job's own timeout bounds it."""
-    delay = 0.05
-    while True:
-        try:
-            await ctx.store.jobs.submit(submission)
-            return
-        except (StoreUnavailable, StoreFull):
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-            delay = min(2.0, delay * 2)

@@ -10,7 +10,6 @@ skipped where the log has n.
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from streamjobs import events as ev
 from streamjobs.app import App
 from streamjobs.approvals import Decision
 from streamjobs.config import Settings
-from streamjobs.errors import Denied, Invalid, OutcomeUnknown, StepError, StoreUnavailable, WaitTimeout
+from streamjobs.errors import Denied, Invalid, OutcomeUnknown, StepError, WaitTimeout
 from streamjobs.events import UNENCODABLE, Event, Json, clean_text, encode_json
 from streamjobs.faults import fault
 from streamjobs.inputs import ChatInput, ChatMessage
@@ -34,6 +33,7 @@ from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
 from streamjobs.worker.history import History, Occurrence, OpKey, artifact_op
 from streamjobs.worker.news import News
+from streamjobs.worker.patience import patiently
 from streamjobs.worker.recorder import Journal
 from streamjobs.worker.replay import Replay
 from streamjobs.worker.steps import ONCE, Step
@@ -425,7 +425,8 @@ class Context:
         return event
 
     async def _put_artifact(self, made: ev.ArtifactCreated, content: bytes) -> None:
-        await self.store.artifacts.put(self.job_id, self.lease.epoch, made.name, made.media_type, content)
+        put = self.store.artifacts.put
+        await patiently(lambda: put(self.job_id, self.lease.epoch, made.name, made.media_type, content))
         fault("after_artifact_stored")
 
     def _artifact_op(self, name: str) -> OpKey:
@@ -438,17 +439,11 @@ class Context:
 
     async def read_artifact(self, job_id: str, name: str) -> bytes:
         """The bytes of an artifact; waits while Redis is away, and nothing else is told meanwhile."""
-        delay = 0.05
         self.replay.hold()
         try:
             with self.replay.working():
-                while True:
-                    try:
-                        _, content = await self.store.artifacts.get(job_id, name)
-                        return content
-                    except StoreUnavailable:
-                        await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-                        delay = min(1.0, delay * 2)
+                _, content = await patiently(lambda: self.store.artifacts.get(job_id, name))
+                return content
         finally:
             self.replay.release()
 

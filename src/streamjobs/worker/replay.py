@@ -81,6 +81,8 @@ class Replay:
         self._changed: WorkflowChanged | None = None
         self._next_wait = 0
         self._closed: BaseException | None = None
+        if self._ahead:
+            self._loop.call_soon(self._touch)
 
     # --- asking
 

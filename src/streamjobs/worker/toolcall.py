@@ -26,6 +26,7 @@ from streamjobs.inputs import is_too_deep
 from streamjobs.store import Permit
 from streamjobs.tool import Rate, Tool, ToolContext
 from streamjobs.worker.calls import Raised, Returned, call
+from streamjobs.worker.patience import patiently
 from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, outcome_of
 from streamjobs.worker.waits import approve, wait_while
 
@@ -164,11 +165,14 @@ class ToolCall:
 
     async def _permit(self, name: str, rate: Rate) -> Permit:
         with self._ctx.replay.working():
-            return await self._ctx.store.permits.acquire(
-                f"tool:{name}",
-                rate=rate.calls / rate.seconds,
-                burst=rate.calls,
-                max_wait=self._ctx.settings.park_after,
+            acquire = self._ctx.store.permits.acquire
+            return await patiently(
+                lambda: acquire(
+                    f"tool:{name}",
+                    rate=rate.calls / rate.seconds,
+                    burst=rate.calls,
+                    max_wait=self._ctx.settings.park_after,
+                )
             )
 
     async def _start(self, tool: Tool) -> None:

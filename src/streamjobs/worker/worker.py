@@ -106,10 +106,12 @@ class Worker:
     async def run(self) -> None:
         """Work until drained. Cancelling drops everything at once, as kill -9 does.
 
-        Raises `StoreUnavailable` where Redis cannot be reached at the start.
+        Raises `StoreUnavailable` where Redis cannot be reached at the start, and `Invalid` for a schedule of
+        the App that does not fit the settings, as one of an unknown queue.
         """
         metrics.JOBS_RUNNING.set_function(lambda: self.running)
         self._clock.set(await self._store.now_ms())
+        await self._store.schedules.declare(self._app.name, self._app.schedules.values())
         self._started_ms = self._clock.now_ms()
         providers = Providers(self._settings)
         committers = {p: Committer(self._store.work, p, self._settings) for p in self._store.partitions}
@@ -122,7 +124,7 @@ class Worker:
             committers,
             self._draining.is_set,
             self._left_behind,
-            lambda tool: tool in self._struck,
+            self._is_struck,
         )
         keeper = LeaseKeeper(self._settings, self._on_renewals, plain=self._store.is_plain)
         loops = [asyncio.create_task(loop, name=name) for name, loop in self._loops(committers)]
@@ -343,6 +345,9 @@ class Worker:
 
         await self._store.live.on_inbox(self._store.partitions, hear)
         await asyncio.get_running_loop().create_future()
+
+    def _is_struck(self, tool: str) -> bool:
+        return tool in self._struck
 
     async def _watch_strikes(self) -> None:
         """Know which tools an operator has struck; those that wait for one look again by themselves."""

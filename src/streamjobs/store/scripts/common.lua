@@ -133,6 +133,21 @@ local function take_token(key, period, full)
   redis.call('SET', key, at .. ' ' .. NOW_TEXT, 'PXAT', string.format('%d', math.ceil(tonumber(at))))
 end
 
+-- An owner's submissions. A job that came over the rate is `unpaid` until a token was taken for it, and until then
+-- it does not start.
+local function token_for(owner)
+  if OPT.owner_rate == 0 then return true end
+  local period = 60000 / OPT.owner_rate
+  local wait, full = bucket_wait(PREFIX .. 'rate:' .. owner, period, math.min(OPT.owner_rate, 1000))
+  return wait == 0, period, full
+end
+
+local function pay(job)
+  local _, period, full = token_for(job.h.owner)
+  if period then take_token(PREFIX .. 'rate:' .. job.h.owner, period, full) end
+  if job.h.unpaid then put(job, 'unpaid', nil) end
+end
+
 -- Timers: at most one member a job, the earliest of what it waits for -----------------------------------
 
 local function timers_of(job) return job.h.timers and cjson.decode(job.h.timers) or {} end
@@ -254,6 +269,8 @@ local function hold(job, reason)
   if not order then
     local class = job.h.started and 'resume' or job.h.priority
     order = RANK[class] * 1e12 + redis.call('HINCRBY', PREFIX .. 'counts', 'order', 1)
+    -- what is paid for does not wait for the tokens of what is not
+    if job.h.unpaid then order = order + 5e11 end
     put(job, 'order', order)
   end
   local list = held_list(job, reason)
@@ -277,6 +294,7 @@ end
 local function obstacle(job)
   if is_struck('kind:' .. job.h.kind) then return 'struck' end
   if OPT.owner_limit > 0 and running(job.h.owner) >= OPT.owner_limit then return 'owner_limit' end
+  if job.h.unpaid and not token_for(job.h.owner) then return 'owner_limit' end
   if job.h.ckey then
     local holder = redis.call('GET', PREFIX .. 'ckey:' .. job.h.ckey)
     if holder and holder ~= job.id then return 'concurrency_key' end
@@ -331,6 +349,7 @@ local function release(list)
     if not job or not job.h.held then
       redis.call('ZREM', PREFIX .. 'held:' .. list, id)
     elseif not reason then
+      if job.h.unpaid then pay(job) end
       requeue(job, 'released')
       save(job)
       return true
@@ -383,7 +402,7 @@ local function finish(job, epoch, event, content)
   emit(job, epoch, event, content)
   park(job, TERMINAL[event])
   if event == 'job.failed' then bury(job, content) end
-  for _, field in ipairs({ 'timers', 'deadline', 'start_by', 'pause', 'order' }) do
+  for _, field in ipairs({ 'timers', 'deadline', 'start_by', 'pause', 'order', 'unpaid' }) do
     if job.h[field] then put(job, field, nil) end
   end
   arm(job)

@@ -1,12 +1,19 @@
--- submit: new jobs; each gets its log, its hash, and a ticket, a timer or a hold.
--- ARGV 2 n, then per row 13: id, owner, kind, queue, priority, delay, start_timeout, timeout, ckey, idem, body, parent, event
+-- submit: new jobs; each gets its log, its hash, and a ticket, a timer or a hold. One over its owner's rate is held
+-- until there is a token for it, behind those that wait already. A delayed one pays when it wakes: what the rate
+-- protects is the work, and a thousand jobs for tonight take nothing from today's.
+-- ARGV 2 n, then per row 14: id, owner, kind, queue, priority, delay, start_timeout, timeout, ckey, idem, body, parent, event,
+--   tick
 --   ckey, idem: digests scoped to the owner, or ''; body: digest of the request; durations in ms, 0 for none;
 --   event: job.queued as JSON without ts
+--   tick: '' or "schedule due next": the schedule must wait for the tick `due`, and then waits for `next`; both are '-'
+--   for a job out of turn, which needs the schedule only
 -- row: {"ok", id, cursor} | {"same", id, cursor} (this submission came before) | {"mismatch", id}
 --      (its key came with another body) | {"parent", status} (the parent takes no more children, is gone, or is
 --      "foreign": its owner is another) | {"depth"|"children", the most there may be} | {"error", why}
+--      | {"tick", "gone"} | {"tick", "moved"} (somebody had it, or it is paused) | {"tick", "overlap"} (skipped: the
+--      job before is live)
 
-local WIDTH = 13
+local WIDTH = 14
 
 local function first_cursor(id, created) return '1-' .. (created or '0') end
 
@@ -36,6 +43,18 @@ local function orphaned(family, owner)
   end
 end
 
+-- Whether it waits its turn from the start
+local function admit(job, delay)
+  local queue, owner = job.h.queue, job.h.owner
+  if OPT.owner_rate > 0 then
+    local list = PREFIX .. 'held:' .. queue .. '|' .. owner
+    if delay > 0 or redis.call('EXISTS', list) == 1 or not token_for(owner) then put(job, 'unpaid', '1') else pay(job) end
+  end
+  if delay > 0 then return end
+  local is_full = OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit
+  if job.h.unpaid or is_full then put(job, 'held', 'owner_limit') end
+end
+
 local function place(job, delay, start_timeout, queued)
   if start_timeout > 0 then put(job, 'start_by', NOW + delay + start_timeout) end
   if delay > 0 then
@@ -49,10 +68,38 @@ local function place(job, delay, start_timeout, queued)
   arm(job)
 end
 
+-- What becomes of the job's schedule, or the refusal. A skipped tick is written here: nothing else of it will be.
+local function turn_of(tick)
+  local id, due, after = string.match(tick, '^(%S+) (%S+) (%S+)$')
+  local turn = { id = id, due = due, after = after, key = PREFIX .. 'schedule:' .. id, waiting = PREFIX .. 'schedules' }
+  local known = redis.call('HMGET', turn.key, 'owner', 'overlap', 'last_job')
+  if not known[1] then return nil, { 'tick', 'gone' } end
+  if due == '-' then return turn end
+  if tonumber(redis.call('ZSCORE', turn.waiting, id) or -1) ~= tonumber(due) then return nil, { 'tick', 'moved' } end
+  if known[2] == 'skip' and known[3] then
+    local status = redis.call('HGET', PREFIX .. 'job:' .. known[3], 'status')
+    if status and not ENDED[status] then
+      redis.call('ZADD', turn.waiting, after, id)
+      redis.call('HINCRBY', turn.key, 'skipped', 1)
+      return nil, { 'tick', 'overlap' }
+    end
+  end
+  return turn
+end
+
+local function take_turn(turn, job)
+  if turn.due ~= '-' then
+    redis.call('ZADD', turn.waiting, turn.after, turn.id)
+    redis.call('HSET', turn.key, 'last_tick', turn.due, 'error', '')
+  end
+  redis.call('HSET', turn.key, 'last_job', job)
+  redis.call('HINCRBY', turn.key, 'runs', 1)
+end
+
 local function submit(at)
   local id, owner, kind, queue, priority = unpack(ARGV, at, at + 4)
   local delay, start_timeout, timeout = tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6]), tonumber(ARGV[at + 7])
-  local ckey, idem, body, parent, event = unpack(ARGV, at + 8, at + 12)
+  local ckey, idem, body, parent, event, tick = unpack(ARGV, at + 8, at + 13)
   local answer = repeated(id, idem, body)
   if answer then return answer end
   local family
@@ -60,6 +107,12 @@ local function submit(at)
     family = fetch(parent)
     local refused = orphaned(family, owner)
     if refused then return refused end
+  end
+  local turn
+  if tick ~= '' then
+    local refusal
+    turn, refusal = turn_of(tick)
+    if refusal then return refusal end
   end
 
   local job = { id = id, key = PREFIX .. 'job:' .. id, h = {}, changes = {}, at = {}, lines = {} }
@@ -79,10 +132,8 @@ local function submit(at)
     put(job, 'depth', depth)
     stamp = stamp .. '"depth":' .. depth .. ','
   end
-  if delay == 0 and OPT.owner_limit > 0 and tickets(queue, owner) >= OPT.owner_limit then
-    put(job, 'held', 'owner_limit')
-    stamp = stamp .. '"held":"owner_limit",'
-  end
+  admit(job, delay)
+  if job.h.held then stamp = stamp .. '"held":"owner_limit",' end
   local queued = stamp .. string.sub(event, 2)
   emit(job, NOW_TEXT, 'job.queued', queued)
   place(job, delay, start_timeout, #queued <= OPT.inline_bytes and queued)
@@ -93,6 +144,7 @@ local function submit(at)
     put(family, 'family', '1')
     save(family)
   end
+  if turn then take_turn(turn, id) end
   return { 'ok', id, job.h.last }
 end
 

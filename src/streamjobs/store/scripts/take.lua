@@ -86,6 +86,7 @@ local function lease(job, queued)
   put(job, 'since', nil)
   put(job, 'started', '1')
   if h.order then put(job, 'order', nil) end
+  if h.unpaid then pay(job) end
   if h.start_by then put(job, 'start_by', nil) end
   if h.timeout and not h.deadline then put(job, 'deadline', NOW + h.timeout) end
   if h.ckey then redis.call('SET', PREFIX .. 'ckey:' .. h.ckey, job.id) end
@@ -98,11 +99,16 @@ local function lease(job, queued)
   return described(job, number(job, 'seq') == 2 and queued or '')
 end
 
+-- One that has still to pay comes after those of its owner that wait to
+local function passes_by(job)
+  return job.h.unpaid and redis.call('EXISTS', PREFIX .. 'held:' .. held_list(job, 'owner_limit')) == 1
+end
+
 -- {"stale"} | {"held"} | a lease
 local function admit(id, ticket, queued)
   local job = fetch(id)
   if not job or job.h.status ~= 'queued' or job.h.ticket ~= ticket then return { 'stale' } end
-  local reason = obstacle(job)
+  local reason = obstacle(job) or passes_by(job) and 'owner_limit'
   if reason then
     set_aside(job, reason)
     return { 'held' }

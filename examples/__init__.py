@@ -1,0 +1,1 @@
+"""Real workflows: one file each, all served by `streamjobs dev examples.app:app`."""

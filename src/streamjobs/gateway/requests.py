@@ -1,0 +1,78 @@
+"""What requests say outside their bodies: whose they are, keys, waits, numbers, filters.
+
+Rule 1: a parameter that does not parse is refused and named; a preference (RFC 7240) is ignored then.
+Rule 2: whose job it is comes from `X-Streamjobs-Owner`, believed as it stands: a placeholder until there is
+authentication, for networks where nobody but a trusted proxy sets it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from streamjobs.cursor import Cursor
+from streamjobs.errors import BadRequest, Invalid
+from streamjobs.gateway.body import fields_of
+
+ANONYMOUS = "anonymous"
+OWNER_HEADER = "x-streamjobs-owner"
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=10 * 365 * 86400)]
+Label = Annotated[str, msgspec.Meta(max_length=200, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+Reason = Annotated[str, msgspec.Meta(max_length=1000)]
+
+Fields = TypeVar("Fields")
+
+_KEY = re.compile(r"[\x20-\x7e]{1,255}", re.ASCII)
+_WAIT = re.compile(r"\d{1,6}(\.\d{1,3})?", re.ASCII)
+_SEQ = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
+_PREFER_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=$|[,;])", re.IGNORECASE | re.ASCII)
+
+
+def owner_of(request: Request) -> str:
+    """Who asks."""
+    return request.headers.get(OWNER_HEADER) or ANONYMOUS
+
+
+def idempotency_key(request: Request) -> str:
+    """The `Idempotency-Key`, empty without one. Raises `BadRequest`."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return ""
+    if not _KEY.fullmatch(key):
+        raise BadRequest("Idempotency-Key: 1 to 255 printable ASCII characters")
+    return key
+
+
+def preferred_wait(request: Request) -> float | None:
+    """N of `Prefer: wait=N`."""
+    match = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+    return float(match[1]) if match else None
+
+
+def parameters_of(request: Request, kind: type[Fields]) -> Fields:
+    """The query as a struct. Raises `Invalid` that names the parameter, one that nobody knows as well."""
+    return fields_of(dict(request.query_params), kind, strict=False)
+
+
+def seconds_of(field: str, text: str) -> float:
+    """A duration in a query. Raises `Invalid`."""
+    if not _WAIT.fullmatch(text):
+        raise Invalid(f"{field}: seconds, at least 0")
+    return float(text)
+
+
+def seq_of(field: str, text: str) -> int:
+    """The number of an event in a query. Raises `Invalid`."""
+    if not _SEQ.fullmatch(text):
+        raise Invalid(f"{field}: the number of an event, at least 1")
+    return int(text)
+
+
+def is_known(if_none_match: str, cursor: Cursor) -> bool:
+    """Whether an `If-None-Match` names what a job's view would be."""
+    tags = (tag.strip().removeprefix("W/") for tag in if_none_match.split(","))
+    return any(tag in {f'"{cursor}"', "*"} for tag in tags)
