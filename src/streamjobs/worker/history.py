@@ -24,7 +24,7 @@ from streamjobs.store import Entry
 OpKey = tuple[str, str]
 """What names an operation of a workflow: its kind and its key."""
 
-_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.ArtifactCreated
+_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.TurnFailed | ev.ArtifactCreated
 """What a new attempt of the job does again."""
 
 _INTERRUPTIONS = {
@@ -123,7 +123,7 @@ class History:
         match event:
             case ev.JobQueued():
                 self.queued = event
-            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted():
+            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted() | ev.TurnFailed():
                 self._take_turn(seq, event)
             case ev.ToolCalled() | ev.ToolStarted() | ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
                 self._take_tool(seq, event)
@@ -187,7 +187,9 @@ class History:
         """Calls that a model asked for: what it was told of them stands."""
         return {("tool", call.call_id) for turn in self.turns.values() for call in turn.calls}
 
-    def _take_turn(self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted) -> None:
+    def _take_turn(
+        self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted | ev.TurnFailed
+    ) -> None:
         op = ("turn", str(event.turn))
         match event:
             case ev.TurnStarted():
@@ -199,6 +201,8 @@ class History:
             case ev.TurnCompleted():
                 self.open_turns.pop(event.turn, None)
                 self.turns[event.turn] = event
+                self._occur(seq, op, event)
+            case ev.TurnFailed():  # it stays open: a new attempt says that it begins again
                 self._occur(seq, op, event)
 
     def _take_tool(

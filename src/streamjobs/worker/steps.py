@@ -274,7 +274,9 @@ class Step:
                 await pause(self._ctx, key, 0.0)
 
     def _pause_key(self, attempt: int) -> str:
-        return f"retry:{self._key}:{attempt}"
+        # a new attempt of the job begins to count again, and waits again
+        again = f"@{self._ctx.attempt}" if self._ctx.attempt > 1 else ""
+        return f"retry:{self._key}:{attempt}{again}"
 
 
 class _Output(msgspec.Struct):
