@@ -206,9 +206,18 @@ class Desk:
         self._epoch, self._batch, self.status = self._epoch + 1, 0, "running"
         self._write(JobStarted(attempt=self.attempt, worker="w"))
         lease = Lease(
-            self.job_id, self._epoch, len(self.entries), self.attempt, self.inbox, 0, -1, self.kind, "ann",
-            "default", b"",
-        )  # fmt: skip
+            self.job_id,
+            self._epoch,
+            len(self.entries),
+            self.attempt,
+            self.inbox,
+            crashes=0,
+            ms_left=-1,
+            kind=self.kind,
+            owner="ann",
+            queue="default",
+            queued=b"",
+        )
         committer = Committer(self, 0, self.settings)  # type: ignore[arg-type]
         store = SimpleNamespace(log=self, artifacts=self, jobs=self, permits=self)
         services = Services(

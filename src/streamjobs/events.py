@@ -288,6 +288,18 @@ class TurnCompleted(Event, frozen=True, kw_only=True):
     extra: dict[str, Json] = {}
 
 
+class TurnFailed(Event, frozen=True, kw_only=True):
+    """A workflow's own call of the model failed, and the workflow was told so.
+
+    Where that ends the job, or its attempt, `job.failed` or `job.retrying` follows.
+    """
+
+    type = "turn.failed"
+    turn: int
+    error: ErrorInfo
+    attempt: int = 1
+
+
 class TextDelta(Event, frozen=True, kw_only=True):
     """A piece of the answer."""
 

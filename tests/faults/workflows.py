@@ -127,20 +127,20 @@ def _effects() -> list[Any]:
 # --- who answers -------------------------------------------------------------------------------------
 
 
-async def answer(bench: Lab, job_id: str) -> None:
+async def answer(bench: Lab, job_id: str, interval: float = 0.1) -> None:
     """Send what the job waits for, each twice, until it has ended."""
     with contextlib.suppress(JobEnded):
-        await _when_it_waits_for(bench, job_id, "timer.set", "signal:word")
+        await _when_it_waits_for(bench, job_id, "timer.set", "signal:word", interval)
         await _twice(bench.store, job_id, "word", "hello")
-        await _when_it_waits_for(bench, job_id, "approval.requested", "go")
+        await _when_it_waits_for(bench, job_id, "approval.requested", "go", interval)
         await _twice(bench.store, job_id, "approval", {"decision": "approve", "key": "go"})
 
 
-async def _when_it_waits_for(bench: Lab, job_id: str, kind: str, key: str) -> None:
+async def _when_it_waits_for(bench: Lab, job_id: str, kind: str, key: str, interval: float) -> None:
     while not any(event.data["key"] == key for event in await bench.log(job_id) if event.type == kind):
         if (await bench.store.jobs.get(job_id)).is_ended:
             raise JobEnded("it did not wait")
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(interval)
 
 
 async def _twice(store: Store, job_id: str, name: str, payload: Any) -> None:

@@ -5,8 +5,7 @@ in `begun`, what came of it, and what came from outside, is in `occurrences`, in
 Rule 2: a new attempt of the job starts over: what completed stays, what failed is done again, and nothing
 must come again in the order of the attempt before (`begun` is empty then).
 Rule 3: what belongs to a step or a tool alone (its approval, the pauses between its tries) is forgotten once
-that has an outcome: nobody asks for it again, and its answer must not answer another question. A new attempt
-that asks the same again has the answer.
+that has an outcome: nobody asks for it again, and its answer must not answer another question.
 
 It is filled entry by entry, so that a long log does not hold up the event loop.
 """
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from streamjobs import events as ev
-from streamjobs.approvals import APPROVAL, decision_of
+from streamjobs.approvals import Decision
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import Event
@@ -29,7 +28,7 @@ from streamjobs.worker.questions import Questions
 OpKey = tuple[str, str]
 """What names an operation of a workflow: its kind and its key."""
 
-_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.ArtifactCreated
+_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.TurnFailed | ev.ArtifactCreated
 """What a new attempt of the job does again."""
 
 RETRY = "retry:"
@@ -94,13 +93,13 @@ class History:
         self.tools: dict[str, ToolRecord] = {}
         self.steps: dict[str, StepRecord] = {}
         self.timers: dict[str, ev.TimerSet] = {}
+        self.decisions: dict[str, Decision] = {}
         self.fired: Counter[str] = Counter()
         self.emitted: Counter[str] = Counter()
         self.artifacts: Counter[str] = Counter()
         self.interruption = ""
         self.was_lost = False
         self._questions = Questions()
-        self._spent: list[Occurrence] = []
         self._pauses: dict[str, list[str]] = {}
 
     @property
@@ -134,7 +133,7 @@ class History:
         match event:
             case ev.JobQueued():
                 self.queued = event
-            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted():
+            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted() | ev.TurnFailed():
                 self._take_turn(seq, event)
             case ev.ToolCalled() | ev.ToolStarted() | ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
                 self._take_tool(seq, event)
@@ -192,10 +191,10 @@ class History:
         self.artifacts.clear()  # what it makes this time may be another thing
         failed = {one.op for one in self.occurrences if isinstance(one.event, _DONE_AGAIN)}
         again = failed - self._chat_calls()
-        given = self._questions.start_over()
-        left = [one for one in self.occurrences if one.op not in again]
-        self.occurrences = [_bound(one, given.get(one.seq, "")) for one in (*left, *self._spent)]
-        self._spent.clear()
+        answers = self._questions.start_over()
+        self.decisions |= {key: answer.decision for key, answer in answers.items()}
+        read = {answer.seq for answer in answers.values()}
+        self.occurrences = [one for one in self.occurrences if one.op not in again and one.seq not in read]
         self.outcomes -= again
         for kind, key in again:
             if kind == "step":
@@ -216,7 +215,6 @@ class History:
             self.begun.pop(op, None)
         if answers or len(inner) > 2:
             self.outcomes -= inner
-            self._spent += [one for one in self.occurrences if one.seq in answers]
             self.occurrences = [
                 one for one in self.occurrences if one.op not in inner and one.seq not in answers
             ]
@@ -225,7 +223,9 @@ class History:
         """Calls that a model asked for: what it was told of them stands."""
         return {("tool", call.call_id) for turn in self.turns.values() for call in turn.calls}
 
-    def _take_turn(self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted) -> None:
+    def _take_turn(
+        self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted | ev.TurnFailed
+    ) -> None:
         op = ("turn", str(event.turn))
         match event:
             case ev.TurnStarted():
@@ -237,6 +237,8 @@ class History:
             case ev.TurnCompleted():
                 self.open_turns.pop(event.turn, None)
                 self.turns[event.turn] = event
+                self._occur(seq, op, event)
+            case ev.TurnFailed():  # it stays open: a new attempt says that it begins again
                 self._occur(seq, op, event)
 
     def _take_tool(
@@ -273,21 +275,13 @@ class History:
                 self._occur(seq, op, event)
 
 
-def _bound(answer: Occurrence, key: str) -> Occurrence:
-    """An answer that only answers the question of that key."""
-    signal = answer.event
-    if not key or not isinstance(signal, ev.SignalReceived):
-        return answer
-    decision = decision_of(signal)
-    assert decision is not None
-    word = "approve" if decision.approved else "deny"
-    payload = {"decision": word, "comment": decision.comment, "key": key}
-    return answer._replace(event=msgspec.structs.replace(signal, name=APPROVAL, payload=payload))
+def pause_key(step: str, failed_attempt: int, job_attempt: int) -> str:
+    """What the pause behind a step's failed attempt is called.
 
-
-def pause_key(step: str, failed_attempt: int) -> str:
-    """What the pause behind a step's failed attempt is called."""
-    return f"{RETRY}{step}:{failed_attempt}"
+    A new attempt of the job begins to count again, and waits again.
+    """
+    again = f"@{job_attempt}" if job_attempt > 1 else ""
+    return f"{RETRY}{step}:{failed_attempt}{again}"
 
 
 def step_of_pause(key: str) -> str:

@@ -1,17 +1,25 @@
 """Which answer in a log belongs to which request for approval. Pure; filled in the order of the log.
 
-Rule 1: it decides as a run does: an answer without a key is for the oldest request that is open, and one that
-came before any request is kept for the next.
-Rule 2: in a new attempt of the job an answer stands for the question it was given to, and for no other.
+Rule: it decides as a run does: an answer without a key is for the oldest request that is open, one that came
+before any request is kept for the next.
 """
 
 from __future__ import annotations
 
-from streamjobs.approvals import decision_of
+from typing import NamedTuple
+
+from streamjobs.approvals import Decision, decision_of
 from streamjobs.events import SignalReceived
 
 TIMEOUT = "approval:"
 """What the timer of a request is called, before the request's key."""
+
+
+class Answer(NamedTuple):
+    """What a person decided, and where the log has it."""
+
+    seq: int
+    decision: Decision
 
 
 class Questions:
@@ -19,18 +27,18 @@ class Questions:
 
     def __init__(self) -> None:
         self._open: list[str] = []
-        self._answers: dict[str, int] = {}
-        self._spent: dict[str, int] = {}
-        self._early: dict[int, str] = {}
+        self._answers: dict[str, Answer] = {}
+        self._early: list[Answer] = []
 
     def ask(self, key: str) -> None:
         """A request was made."""
-        fitting = [seq for seq, wanted in self._early.items() if wanted in {"", key}]
-        if fitting:
-            self._answers[key] = min(fitting)
-            del self._early[min(fitting)]
-        else:
-            self._open.append(key)
+        self._answers.pop(key, None)
+        for answer in self._early:
+            if answer.decision.key in {"", key}:
+                self._early.remove(answer)
+                self._answers[key] = answer
+                return
+        self._open.append(key)
 
     def answer(self, seq: int, signal: SignalReceived) -> None:
         """A signal came; most are no answers."""
@@ -40,9 +48,9 @@ class Questions:
         key = decision.key or next(iter(self._open), "")
         if key in self._open:
             self._open.remove(key)
-            self._answers[key] = seq
+            self._answers[key] = Answer(seq, decision)
         else:
-            self._early[seq] = decision.key
+            self._early.append(Answer(seq, decision))
 
     def expire(self, timer: str) -> None:
         """A timer fired; if it is a request's, nobody waits for its answer any more."""
@@ -55,14 +63,11 @@ class Questions:
         if key in self._open:
             self._open.remove(key)
         answer = self._answers.pop(key, None)
-        if answer is not None:
-            self._spent[key] = answer
-        return answer
+        return None if answer is None else answer.seq
 
-    def start_over(self) -> dict[int, str]:
-        """A new attempt: all answers so far, and the question that each is for."""
-        given = {seq: key for key, seq in (self._spent | self._answers).items()}
-        self._early |= given
-        for known in (self._open, self._answers, self._spent):
-            known.clear()
-        return given
+    def start_over(self) -> dict[str, Answer]:
+        """Nothing is asked any more; the answers so far, which stand, and are for no other question."""
+        answers = dict(self._answers)
+        self._open.clear()
+        self._answers.clear()
+        return answers

@@ -276,7 +276,7 @@ class Step:
                 await pause(self._ctx, key, 0.0)
 
     def _pause_key(self, attempt: int) -> str:
-        return pause_key(self._key, attempt)
+        return pause_key(self._key, attempt, self._ctx.attempt)
 
 
 class _Output(msgspec.Struct):

@@ -114,7 +114,13 @@ async def approve(
     detail: Json = None,
     timeout: float | None = None,
 ) -> Decision:
-    """Ask a person, and wait for the answer. Raises `WaitTimeout`."""
+    """Ask a person, and wait for the answer; one of an earlier attempt of the job stands.
+
+    Raises `WaitTimeout`.
+    """
+    decided = ctx.history.decisions.get(key)
+    if decided is not None:
+        return decided
     op = ("approval", key)
     is_known = ctx.replay.is_known(op)
     ctx.replay.begin(op)

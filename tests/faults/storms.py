@@ -1,0 +1,61 @@
+"""What the storms share: workers in processes, and somebody who kills them at random."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.conftest import wait_until
+from tests.harness import Lab, Logged, WorkerProcess, worker_process
+
+WORKERS = 3
+
+
+def seeded() -> int:
+    """The run's seed: STREAMJOBS_TEST_SEED or a new one; printed, and so shown with a failure."""
+    seed = int(os.environ.get("STREAMJOBS_TEST_SEED") or random.randrange(10**6))
+    print(f"STREAMJOBS_TEST_SEED={seed}")  # noqa: T201
+    return seed
+
+
+@contextlib.contextmanager
+def workers(
+    bench: Lab, effects: Path, app: str = "tests.faults.app:app", count: int = WORKERS
+) -> Iterator[list[WorkerProcess]]:
+    with contextlib.ExitStack() as stack:
+        options = {"env": {"EFFECTS": str(effects)}}
+        processes = (worker_process(bench.store.settings, app, **options) for _ in range(count))
+        yield [stack.enter_context(process) for process in processes]
+
+
+async def kill_at_random(
+    running: list[WorkerProcess], chance: random.Random, seconds: float, most: float = 1.5
+) -> int:
+    """Kill and restart one worker after the other; how many were killed."""
+    until, kills = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        await asyncio.sleep(chance.uniform(0.3, most))
+        victim = chance.choice(running)
+        victim.kill()
+        victim.restart()
+        kills += 1
+    await wait_until(lambda: all(worker.process.poll() is None for worker in running))
+    return kills
+
+
+def report(kills: int, drained: float, logs: Sequence[Sequence[Logged]]) -> Counter[str]:
+    """Print a storm's figures; how many events of each type there were."""
+    types = Counter(event.type for log in logs for event in log)
+    crashes = max((e.data.get("crashes", 0) for log in logs for e in log if e.type == "job.lost"), default=0)
+    unknown = types["step.unknown"] + types["tool.unknown"]
+    print(  # noqa: T201
+        f"{len(logs)} jobs, {kills} kills, {types['job.lost']} lost leases, at most {crashes} crashes in a"
+        f" row, {types['job.started']} starts, {unknown} unknown outcomes, all ended {drained:.1f} s after the last kill"
+    )
+    return types
