@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import io
+import threading
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ SEVERITY = ["syntax", "bare-except", "long-function", "unfinished", "no-docstrin
 PROMPT = """\
 Sum up this code review for the maintainers in at most five sentences: what is worst, where it gathers, what
 to do first. Say nothing that the findings do not say."""
+
+_PARSER = threading.Lock()
+"""Steps that are not async run in threads, and Python's parser counts its depth once for all of them."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -116,7 +120,8 @@ def review(path: str, name: str) -> list[Finding]:
 def check(source: bytes) -> Iterator[tuple[int, str, str]]:
     """Line, rule and message of each finding in a source."""
     try:
-        tree = ast.parse(source)
+        with _PARSER:
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield getattr(error, "lineno", None) or 1, "syntax", f"does not parse: {error}"[:200]
         return
