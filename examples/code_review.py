@@ -34,8 +34,6 @@ PROMPT = """\
 Sum up this code review for the maintainers in at most five sentences: what is worst, where it gathers, what
 to do first. Say nothing that the findings do not say."""
 
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
 
 class Review(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A git repository below the root, which of its folders, how many files, and whose words."""
