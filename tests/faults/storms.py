@@ -56,6 +56,7 @@ def report(kills: int, drained: float, logs: Sequence[Sequence[Logged]]) -> Coun
     unknown = types["step.unknown"] + types["tool.unknown"]
     print(  # noqa: T201
         f"{len(logs)} jobs, {kills} kills, {types['job.lost']} lost leases, at most {crashes} crashes in a"
-        f" row, {types['job.started']} starts, {unknown} unknown outcomes, all ended {drained:.1f} s after the last kill"
+        f" row, {types['job.started']} starts, {unknown} unknown outcomes,"
+        f" all ended {drained:.1f} s after the last kill"
     )
     return types

@@ -22,7 +22,7 @@ from streamjobs import (
     ToolContext,
 )
 from streamjobs.errors import JobEnded
-from tests.conftest import RedisProcess
+from tests.conftest import RedisProcess, wait_until
 from tests.harness import Lab, lab, says, talking, working
 
 pytestmark = pytest.mark.timeout(60)
@@ -587,7 +587,8 @@ async def test_a_once_call_whose_worker_died_is_looked_up(redis: RedisProcess):
         for late in (False, True):
             job_id = await bench.submit("pays", late)
             await bench.until(job_id, "tool.started")
-            await asyncio.sleep(0.1)
+            if not late:
+                await wait_until(lambda: happened)
             await drop_the_worker_of(bench, job_id, "")
             view = await bench.ended(job_id)
             assert view.result == "paid 5", view.error

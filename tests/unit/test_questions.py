@@ -48,13 +48,16 @@ def test_a_question_that_timed_out_takes_no_answer():
     assert questions.settle("b") == 5
 
 
-def test_a_new_attempt_has_the_answers_for_their_own_questions():
-    """A yes to a question of the first attempt would approve something else in the second."""
+def test_in_a_new_attempt_an_answer_stands_for_its_own_question():
+    """A yes of the first attempt would approve something else in the second, or be asked for again."""
     questions = Questions()
-    questions.ask("a")
-    questions.answer(2, answer())
-    questions.answer(3, SignalReceived(name="other", payload=None))
-    assert {key: given.seq for key, given in questions.start_over().items()} == {"a": 2}
-    assert questions.start_over() == {}
-    questions.ask("a")
-    assert questions.settle("a") is None
+    questions.ask("over")
+    questions.ask("open")
+    questions.answer(3, answer())
+    questions.answer(4, SignalReceived(name="other", payload=None))
+    questions.settle("over")
+    questions.answer(5, answer())
+    given = questions.start_over()
+    assert {key: known.seq for key, known in given.items()} == {"over": 3, "open": 5}
+    questions.ask("new")
+    assert questions.settle("new") is None

@@ -5,7 +5,8 @@ in `begun`, what came of it, and what came from outside, is in `occurrences`, in
 Rule 2: a new attempt of the job starts over: what completed stays, what failed is done again, and nothing
 must come again in the order of the attempt before (`begun` is empty then).
 Rule 3: what belongs to a step or a tool alone (its approval, the pauses between its tries) is forgotten once
-that has an outcome: nobody asks for it again, and its answer must not answer another question.
+that has an outcome: nobody asks for it again, and its answer must not answer another question. In a new
+attempt an answer stands for its own question.
 
 It is filled entry by entry, so that a long log does not hold up the event loop.
 """

@@ -28,6 +28,7 @@ class Questions:
     def __init__(self) -> None:
         self._open: list[str] = []
         self._answers: dict[str, Answer] = {}
+        self._spent: dict[str, Answer] = {}
         self._early: list[Answer] = []
 
     def ask(self, key: str) -> None:
@@ -63,11 +64,14 @@ class Questions:
         if key in self._open:
             self._open.remove(key)
         answer = self._answers.pop(key, None)
-        return None if answer is None else answer.seq
+        if answer is None:
+            return None
+        self._spent[key] = answer
+        return answer.seq
 
     def start_over(self) -> dict[str, Answer]:
         """Nothing is asked any more; the answers so far, which stand, and are for no other question."""
-        answers = dict(self._answers)
-        self._open.clear()
-        self._answers.clear()
+        answers = self._spent | self._answers
+        for known in (self._open, self._answers, self._spent):
+            known.clear()
         return answers
