@@ -26,25 +26,28 @@ def seeded() -> int:
 
 @contextlib.contextmanager
 def workers(
-    bench: Lab, effects: Path, app: str = "tests.faults.app:app", count: int = WORKERS
+    bench: Lab, effects: Path, app: str = "tests.faults.app:app", **env: str
 ) -> Iterator[list[WorkerProcess]]:
+    env |= {"EFFECTS": str(effects)}
     with contextlib.ExitStack() as stack:
-        options = {"env": {"EFFECTS": str(effects)}}
-        processes = (worker_process(bench.store.settings, app, **options) for _ in range(count))
+        processes = (worker_process(bench.store.settings, app, env=env) for _ in range(WORKERS))
         yield [stack.enter_context(process) for process in processes]
 
 
 async def kill_at_random(
-    running: list[WorkerProcess], chance: random.Random, seconds: float, most: float = 1.5
+    bench: Lab, running: list[WorkerProcess], chance: random.Random, seconds: float, most: float = 1.5
 ) -> int:
-    """Kill and restart one worker after the other; how many were killed."""
+    """Kill and restart one worker after the other, of those that have started; how many were killed."""
     until, kills = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         await asyncio.sleep(chance.uniform(0.3, most))
-        victim = chance.choice(running)
-        victim.kill()
-        victim.restart()
-        kills += 1
+        started = {info.pid for info in await bench.store.workers.all()}
+        victims = [worker for worker in running if worker.pid in started]
+        if victims:
+            victim = chance.choice(victims)
+            victim.kill()
+            victim.restart()
+            kills += 1
     await wait_until(lambda: all(worker.process.poll() is None for worker in running))
     return kills
 
@@ -56,6 +59,7 @@ def report(kills: int, drained: float, logs: Sequence[Sequence[Logged]]) -> Coun
     unknown = types["step.unknown"] + types["tool.unknown"]
     print(  # noqa: T201
         f"{len(logs)} jobs, {kills} kills, {types['job.lost']} lost leases, at most {crashes} crashes in a"
-        f" row, {types['job.started']} starts, {unknown} unknown outcomes, all ended {drained:.1f} s after the last kill"
+        f" row, {types['job.started']} starts, {unknown} unknown outcomes,"
+        f" all ended {drained:.1f} s after the last kill"
     )
     return types
