@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import wait_until
 from tests.harness import Lab, Logged, WorkerProcess, worker_process
@@ -28,9 +29,9 @@ def seeded() -> int:
 def workers(
     bench: Lab, effects: Path, app: str = "tests.faults.app:app", **env: str
 ) -> Iterator[list[WorkerProcess]]:
-    env |= {"EFFECTS": str(effects)}
+    options: dict[str, Any] = {"env": env | {"EFFECTS": str(effects)}, "output": effects.with_name("output")}
     with contextlib.ExitStack() as stack:
-        processes = (worker_process(bench.store.settings, app, env=env) for _ in range(WORKERS))
+        processes = (worker_process(bench.store.settings, app, **options) for _ in range(WORKERS))
         yield [stack.enter_context(process) for process in processes]
 
 
@@ -50,6 +51,14 @@ async def kill_at_random(
             kills += 1
     await wait_until(lambda: all(worker.process.poll() is None for worker in running))
     return kills
+
+
+def require_quiet(effects: Path) -> None:
+    """No worker wrote what the store refuses, nor failed itself: both heal, and so are seen nowhere else."""
+    output = effects.with_name("output").read_text()
+    bad = ("commit.refused", "job.crashed_execution", "Traceback", "news.unread")
+    lines = [line for line in output.splitlines() if any(word in line for word in bad)]
+    assert not lines, lines[:5]
 
 
 def report(kills: int, drained: float, logs: Sequence[Sequence[Logged]]) -> Counter[str]:

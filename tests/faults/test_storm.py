@@ -11,7 +11,7 @@ import pytest
 from streamjobs.testing import Scenario, ScriptedCall, Turn
 from tests.conftest import RedisProcess
 from tests.faults.app import once_at_most_once
-from tests.faults.storms import kill_at_random, seeded, workers
+from tests.faults.storms import kill_at_random, require_quiet, seeded, workers
 from tests.harness import Lab, lab, one_end, one_outcome_each, sweeping
 
 TEXTS = (
@@ -57,6 +57,7 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
         for job_id in ids:
             lost.update(await require_whole(bench, job_id))
         once_at_most_once(effects)
+        require_quiet(effects)
         report = await bench.healthy()
         assert report.statuses == {"completed": jobs}
         assert kills > seconds / 4

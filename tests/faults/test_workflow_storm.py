@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RedisProcess
-from tests.faults.storms import kill_at_random, report, seeded, workers
+from tests.faults.storms import kill_at_random, report, require_quiet, seeded, workers
 from tests.faults.workflows import SCENARIO, SETTINGS, answer, require_right
 from tests.harness import Lab, lab, sweeping
 
@@ -47,6 +47,7 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
             drained = time.monotonic() - calm[0]
         logs = [await require_right(bench, job_id, number, effects) for job_id, number in submitted.items()]
         types = report(kills, drained, logs)
+        require_quiet(effects)
         statuses = (await bench.healthy()).statuses
     assert statuses == {"completed": 2 * jobs}, "each has a child"
     assert kills > seconds / 4
