@@ -85,11 +85,11 @@ class Step:
         outcome = replay.begin(self._op)
         if replay.has_outcome(self._op):
             return await self._told((await outcome).event)
-        if not is_known:
-            await self._ctx.begin_new()
         was_asked = replay.is_known(("approval", self._key))
         if was_asked or (self._approval and not self._ctx.history.step(self._key).attempt):
             await self._ask()
+        if not is_known:
+            await self._ctx.begin_new()
         return await self._attempts()
 
     async def _told(self, event: Event) -> Any:
