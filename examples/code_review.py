@@ -38,6 +38,8 @@ to do first. Say nothing that the findings do not say."""
 _PARSER = threading.Lock()
 """Steps that are not async run in threads, and Python's parser counts its depth once for all of them."""
 
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
 
 class Review(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A git repository below the root, which of its folders, how many files, and whose words."""
@@ -143,9 +145,9 @@ def _too_long(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[in
 
 def _undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[int, str, str]]:
     for node in scope.body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if not isinstance(node, Definition) or node.name.startswith("_"):
             continue
-        if not node.name.startswith("_") and ast.get_docstring(node) is None:
+        if ast.get_docstring(node) is None:
             yield node.lineno, "no-docstring", f"{node.name} has no docstring"
 
 

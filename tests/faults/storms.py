@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import wait_until
 from tests.harness import Lab, Logged, WorkerProcess, worker_process
@@ -26,27 +27,38 @@ def seeded() -> int:
 
 @contextlib.contextmanager
 def workers(
-    bench: Lab, effects: Path, app: str = "tests.faults.app:app", count: int = WORKERS
+    bench: Lab, effects: Path, app: str = "tests.faults.app:app", **env: str
 ) -> Iterator[list[WorkerProcess]]:
+    options: dict[str, Any] = {"env": env | {"EFFECTS": str(effects)}, "output": effects.with_name("output")}
     with contextlib.ExitStack() as stack:
-        options = {"env": {"EFFECTS": str(effects)}}
-        processes = (worker_process(bench.store.settings, app, **options) for _ in range(count))
+        processes = (worker_process(bench.store.settings, app, **options) for _ in range(WORKERS))
         yield [stack.enter_context(process) for process in processes]
 
 
 async def kill_at_random(
-    running: list[WorkerProcess], chance: random.Random, seconds: float, most: float = 1.5
+    bench: Lab, running: list[WorkerProcess], chance: random.Random, seconds: float, most: float = 1.5
 ) -> int:
-    """Kill and restart one worker after the other; how many were killed."""
+    """Kill and restart one worker after the other, of those that have started; how many were killed."""
     until, kills = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         await asyncio.sleep(chance.uniform(0.3, most))
-        victim = chance.choice(running)
-        victim.kill()
-        victim.restart()
-        kills += 1
+        started = {info.pid for info in await bench.store.workers.all()}
+        victims = [worker for worker in running if worker.pid in started]
+        if victims:
+            victim = chance.choice(victims)
+            victim.kill()
+            victim.restart()
+            kills += 1
     await wait_until(lambda: all(worker.process.poll() is None for worker in running))
     return kills
+
+
+def require_quiet(effects: Path) -> None:
+    """No worker wrote what the store refuses, nor failed itself: both heal, and so are seen nowhere else."""
+    output = effects.with_name("output").read_text()
+    bad = ("commit.refused", "job.crashed_execution", "Traceback", "news.unread")
+    lines = [line for line in output.splitlines() if any(word in line for word in bad)]
+    assert not lines, lines[:5]
 
 
 def report(kills: int, drained: float, logs: Sequence[Sequence[Logged]]) -> Counter[str]:

@@ -11,7 +11,7 @@ import pytest
 from streamjobs.testing import Scenario, ScriptedCall, Turn
 from tests.conftest import RedisProcess
 from tests.faults.app import once_at_most_once
-from tests.faults.storms import kill_at_random, seeded, workers
+from tests.faults.storms import kill_at_random, require_quiet, seeded, workers
 from tests.harness import Lab, lab, one_end, one_outcome_each, sweeping
 
 TEXTS = (
@@ -51,15 +51,16 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
     async with lab(redis.url, SCENARIO, **changes) as bench, sweeping(bench.store):
         ids = [await bench.chat(str(n), tools=["pure", "idempotent", "once"]) for n in range(jobs)]
         with workers(bench, effects) as running:
-            kills = await kill_at_random(running, random.Random(seed), seconds)
+            kills = await kill_at_random(bench, running, random.Random(seed), seconds)
             await bench.ended(*ids, timeout=90.0)
         lost = Counter[str]()
         for job_id in ids:
             lost.update(await require_whole(bench, job_id))
         once_at_most_once(effects)
+        require_quiet(effects)
         report = await bench.healthy()
         assert report.statuses == {"completed": jobs}
-        assert kills > seconds / 3
+        assert kills > seconds / 4
         assert lost["job.lost"] > 0, "nothing was ever lost: the storm proves nothing"
 
 

@@ -1,7 +1,7 @@
 """The workflows that the fault tests run in worker processes: everything that a workflow can do, once.
 
-Each step and tool writes a line to the file that EFFECTS names. `Everyone` is who answers: it sends the
-signals and decisions that jobs wait for, each of them twice.
+Each step and tool writes a line to the file that EFFECTS names; some take STEP_SECONDS, so that a kill finds
+them at work. `answer` sends the signals and decisions that jobs wait for, each of them twice.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ SQUARES = 3
 LARGE = 3000
 
 
+async def work() -> None:
+    await asyncio.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+
+
 async def add(job: str, one: int, other: int) -> int:
+    await work()
     take_effect("step:add", "add", job)
+    await work()
     return one + other
 
 
@@ -46,11 +52,13 @@ def square(job: str, number: int) -> int:
 
 async def pay(job: str) -> str:
     take_effect("once:pay", "pay", job)
+    await work()
     return "paid"
 
 
 async def large(job: str) -> str:
     take_effect("step:large", "large", job)
+    await work()
     return "x" * LARGE
 
 
