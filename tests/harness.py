@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from streamjobs.app import App
-from streamjobs.cursor import Cursor
+from streamjobs.cursor import START, Cursor
 from streamjobs.events import TERMINAL, encode_json
 from streamjobs.job import Fold, JobView
 from streamjobs.store import Store, Submission
@@ -57,10 +57,10 @@ class Lab:
         given = chosen if "messages" in chosen else {"prompt": prompt} | chosen
         return await self.submit("chat", given, **fields)
 
-    async def log(self, job_id: str) -> list[Logged]:
+    async def log(self, job_id: str, after: Cursor = START) -> list[Logged]:
         return [
             Logged(entry.cursor, entry.type, json.loads(entry.data))
-            async for page in self.store.log.pages(job_id)
+            async for page in self.store.log.pages(job_id, after)
             for entry in page.entries
         ]
 
