@@ -34,8 +34,6 @@ PROMPT = """\
 Sum up this code review for the maintainers in at most five sentences: what is worst, where it gathers, what
 to do first. Say nothing that the findings do not say."""
 
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
 
 class Review(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A git repository below the root, which of its folders, how many files, and whose words."""
@@ -126,16 +124,24 @@ def check(source: bytes) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             yield node.lineno, "bare-except", "catches everything, also cancellation"
-        elif isinstance(node, Definition):
-            yield from _of_definition(node)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _too_long(node)
+        elif isinstance(node, ast.Module | ast.ClassDef):
+            yield from _undocumented(node)
 
 
-def _of_definition(node: Definition) -> Iterator[tuple[int, str, str]]:
+def _too_long(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, str, str]]:
     length = (node.end_lineno or node.lineno) - node.lineno + 1
-    if length > LONG and not isinstance(node, ast.ClassDef):
+    if length > LONG:
         yield node.lineno, "long-function", f"{node.name} has {length} lines"
-    if not node.name.startswith("_") and ast.get_docstring(node) is None:
-        yield node.lineno, "no-docstring", f"{node.name} has no docstring"
+
+
+def _undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[int, str, str]]:
+    for node in scope.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if not node.name.startswith("_") and ast.get_docstring(node) is None:
+            yield node.lineno, "no-docstring", f"{node.name} has no docstring"
 
 
 def _unfinished(source: bytes) -> Iterator[tuple[int, str, str]]:

@@ -155,8 +155,11 @@ class Desk:
 
     # --- running
 
-    async def run(self, *, meanwhile: Callable[[], None] | None = None) -> str:
-        """Run the job until it ends or is parked; its status. `meanwhile` is called once code of it ran."""
+    async def run(self, *, meanwhile: Callable[[], None] | None = None, turns: int = 0) -> str:
+        """Run the job until it ends or is parked; its status.
+
+        `meanwhile` is called so many turns of the loop after its code has set `calls_in_flight`.
+        """
         assert self.status == "queued", self.status
         execution, committer = self._lease()
         task = asyncio.create_task(execution.run())
@@ -164,6 +167,8 @@ class Desk:
         try:
             if meanwhile is not None:
                 await self.calls_in_flight.wait()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
                 meanwhile()
                 execution.journal.note(self.inbox, "")
             await asyncio.wait_for(task, 10)

@@ -188,7 +188,9 @@ class WorkerProcess:
         *,
         fault: str = "",
         env: dict[str, str] | None = None,
+        output: Path | None = None,
     ) -> None:
+        self._output = output
         self._env = _environment(settings) | ({"STREAMJOBS_FAULT": fault} if fault else {}) | (env or {})
         self._app = app
         self.process = self._spawn()
@@ -199,7 +201,10 @@ class WorkerProcess:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "streamjobs", "worker", self._app]
-        return subprocess.Popen(command, env=self._env, cwd=ROOT)
+        if self._output is None:
+            return subprocess.Popen(command, env=self._env, cwd=ROOT)
+        with self._output.open("ab") as output:
+            return subprocess.Popen(command, env=self._env, cwd=ROOT, stdout=output, stderr=output)
 
     def restart(self) -> None:
         assert self.process.poll() is not None

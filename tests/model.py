@@ -656,13 +656,15 @@ class Model:
             return ["gap", job.batch + 1]
         if batch.number < job.batch + 1:
             return ["conflict"]
-        if why := misplaced(job, batch, self.now):
+        if why := misplaced(batch):
             return ["bad", why]
         starts_tool = any(kind == "tool.started" for kind, _ in batch.events)
         if starts_tool and job.cancelled_at is not None:
             return ["inbox", job.inbox, "cancel"]
         if batch.outcome in PARKING and batch.seen != job.inbox:
             return ["inbox", job.inbox, job.asked]
+        if batch.outcome == "sleep" and not timers_after(job, batch, self.now):
+            return ["bad", "sleep without a timer"]
         if which := self.over_budget(job, batch):
             return ["limit", which]
         return []
@@ -1014,8 +1016,8 @@ def timers_after(job: Job, batch: Batch, now: int) -> dict[str, int]:
     return {key: at for key, at in (new | job.timers).items() if asked.get(key, 0) >= 0}
 
 
-def misplaced(job: Job, batch: Batch, now: int) -> str:
-    """The terminal event comes last, where the outcome says so and nowhere else; a sleeper has a timer."""
+def misplaced(batch: Batch) -> str:
+    """The terminal event comes last, where the outcome says so and nowhere else."""
     terminal = [(at, kind) for at, (kind, _) in enumerate(batch.events) if kind in TERMINAL]
     wanted = (
         [(len(batch.events) - 1, f"job.{batch.outcome}")] if batch.outcome in {"completed", "failed"} else []
@@ -1024,8 +1026,6 @@ def misplaced(job: Job, batch: Batch, now: int) -> str:
         return "terminal event"
     if batch.outcome not in {"keep", *PARKING, *ENDED}:
         return "outcome"
-    if batch.outcome == "sleep" and not timers_after(job, batch, now):
-        return "sleep without a timer"
     return ""
 
 

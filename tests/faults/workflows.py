@@ -1,7 +1,7 @@
 """The workflows that the fault tests run in worker processes: everything that a workflow can do, once.
 
-Each step and tool writes a line to the file that EFFECTS names. `Everyone` is who answers: it sends the
-signals and decisions that jobs wait for, each of them twice.
+Each step and tool writes a line to the file that EFFECTS names; some take STEP_SECONDS, so that a kill finds
+them at work. `answer` sends the signals and decisions that jobs wait for, each of them twice.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ SQUARES = 3
 LARGE = 3000
 
 
+async def work() -> None:
+    await asyncio.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+
+
 async def add(job: str, one: int, other: int) -> int:
+    await work()
     take_effect("step:add", "add", job)
+    await work()
     return one + other
 
 
@@ -46,11 +52,13 @@ def square(job: str, number: int) -> int:
 
 async def pay(job: str) -> str:
     take_effect("once:pay", "pay", job)
+    await work()
     return "paid"
 
 
 async def large(job: str) -> str:
     take_effect("step:large", "large", job)
+    await work()
     return "x" * LARGE
 
 
@@ -127,20 +135,20 @@ def _effects() -> list[Any]:
 # --- who answers -------------------------------------------------------------------------------------
 
 
-async def answer(bench: Lab, job_id: str) -> None:
+async def answer(bench: Lab, job_id: str, interval: float = 0.1) -> None:
     """Send what the job waits for, each twice, until it has ended."""
     with contextlib.suppress(JobEnded):
-        await _when_it_waits_for(bench, job_id, "timer.set", "signal:word")
+        await _when_it_waits_for(bench, job_id, "timer.set", "signal:word", interval)
         await _twice(bench.store, job_id, "word", "hello")
-        await _when_it_waits_for(bench, job_id, "approval.requested", "go")
+        await _when_it_waits_for(bench, job_id, "approval.requested", "go", interval)
         await _twice(bench.store, job_id, "approval", {"decision": "approve", "key": "go"})
 
 
-async def _when_it_waits_for(bench: Lab, job_id: str, kind: str, key: str) -> None:
+async def _when_it_waits_for(bench: Lab, job_id: str, kind: str, key: str, interval: float) -> None:
     while not any(event.data["key"] == key for event in await bench.log(job_id) if event.type == kind):
         if (await bench.store.jobs.get(job_id)).is_ended:
             raise JobEnded("it did not wait")
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(interval)
 
 
 async def _twice(store: Store, job_id: str, name: str, payload: Any) -> None:

@@ -22,8 +22,8 @@ from streamjobs import (
     ToolContext,
 )
 from streamjobs.errors import JobEnded
-from tests.conftest import RedisProcess
-from tests.harness import Lab, says, talking, working
+from tests.conftest import RedisProcess, wait_until
+from tests.harness import Lab, lab, says, talking, working
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -587,7 +587,8 @@ async def test_a_once_call_whose_worker_died_is_looked_up(redis: RedisProcess):
         for late in (False, True):
             job_id = await bench.submit("pays", late)
             await bench.until(job_id, "tool.started")
-            await asyncio.sleep(0.1)
+            if not late:
+                await wait_until(lambda: happened)
             await drop_the_worker_of(bench, job_id, "")
             view = await bench.ended(job_id)
             assert view.result == "paid 5", view.error
@@ -842,3 +843,28 @@ async def test_a_summary_stands_beside_the_result(redis: RedisProcess):
         view = await bench.ended(await bench.submit("works"))
     assert (view.summary, view.result) == ("all fine", 1)
     assert view.metrics.seconds is not None
+
+
+# --- queues
+
+
+async def test_a_queue_has_its_own_concurrency(redis: RedisProcess):
+    """Twenty large documents must not take every slot from the chats beside them."""
+    running, most = Counter[str](), Counter[str]()
+    app = App(builtin_tools=False)
+
+    async def busy(ctx: Context, queue: str) -> None:
+        running[queue] += 1
+        most[queue] = max(most[queue], running[queue])
+        await asyncio.sleep(0.1)
+        running[queue] -= 1
+
+    app.workflow("busy")(busy)
+    async with lab(redis.url, queues=("chat", "documents")) as bench:
+        documents = [await bench.submit("busy", "documents", queue="documents") for _ in range(8)]
+        chats = [await bench.submit("busy", "chat", queue="chat") for _ in range(4)]
+        async with working(bench.store, app, queue_limits={"documents": 2}):
+            await bench.ended(*documents, *chats)
+        await bench.healthy()
+    assert most["documents"] == 2
+    assert most["chat"] > 2

@@ -334,6 +334,24 @@ async def test_a_job_is_never_parked_on_a_wait_that_is_over():
     assert desk.types.count("job.waiting") == 3
 
 
+@pytest.mark.parametrize("news", ["signal", "timer"])
+async def test_news_at_any_turn_of_parking_wake_the_job(news: str):
+    """Between the decision to park and the store's answer nothing may be told and yet not heard: it would
+    sleep on a wait that is over, for ever."""
+
+    async def code(ctx: Context) -> Any:
+        desk.calls_in_flight.set()
+        return await (ctx.wait_for("go") if news == "signal" else ctx.sleep(5))
+
+    for turns in range(60):
+        desk = desk_of(code)
+        happens = (lambda desk=desk: desk.signal("go")) if news == "signal" else desk.fire
+        status = await desk.run(meanwhile=happens, turns=turns + 10)
+        assert status in {"completed", "queued"}, turns
+        if status == "queued":
+            assert await desk.run() == "completed"
+
+
 # --- changed code ------------------------------------------------------------------------------------
 
 

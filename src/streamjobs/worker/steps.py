@@ -36,6 +36,7 @@ from streamjobs.retry import Retry
 from streamjobs.tool import Effect
 from streamjobs.worker.calls import Raised, Returned, TimedOut, call
 from streamjobs.worker.described import describe
+from streamjobs.worker.history import pause_key
 from streamjobs.worker.values import UNENCODABLE, decode_as, encode_clean, returned_type, seen_again
 from streamjobs.worker.waits import approve, pause
 
@@ -86,7 +87,8 @@ class Step:
             return await self._told((await outcome).event)
         if not is_known:
             await self._ctx.begin_new()
-        if self._approval and not self._ctx.history.step(self._key).attempt:
+        was_asked = replay.is_known(("approval", self._key))
+        if was_asked or (self._approval and not self._ctx.history.step(self._key).attempt):
             await self._ask()
         return await self._attempts()
 
@@ -274,9 +276,7 @@ class Step:
                 await pause(self._ctx, key, 0.0)
 
     def _pause_key(self, attempt: int) -> str:
-        # a new attempt of the job begins to count again, and waits again
-        again = f"@{self._ctx.attempt}" if self._ctx.attempt > 1 else ""
-        return f"retry:{self._key}:{attempt}{again}"
+        return pause_key(self._key, attempt, self._ctx.attempt)
 
 
 class _Output(msgspec.Struct):
