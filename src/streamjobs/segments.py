@@ -4,12 +4,16 @@ Rule 1: a segment says everything the stream said: decoding gives the same entri
 Rule 2: a segment never changes; its first seq and its last id name what is in it.
 Rule 3: seqs within one are dense, so only the first is written down.
 
-A blob is zstd over msgpack: contents beside contents, epochs as runs, types as a table. Events of one job
-say much the same over and over; together they take about a tenth of what they take in a stream.
+A blob is zstd over msgpack, in columns: epochs as runs, types as a table, `ts` as differences, what all
+contents of a type begin and end with once for each type, and what is left of them, the words, in one piece.
+So an answer takes little more than its text alone would, and about a tenth of what it takes in a stream.
+
+Rejected: rows. zstd finds what is between the words again and again, but pays for it each time.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import NamedTuple
@@ -23,6 +27,7 @@ from streamjobs.errors import StreamjobsError
 SEGMENT_EVENTS = 2000
 SEGMENT_BYTES = 256 * 1024
 FORMAT = 1
+_STAMP = re.compile(rb'{"ts":(0|[1-9][0-9]{0,17}),')
 
 
 class DamagedSegment(StreamjobsError):  # noqa: N818 - named after what happened, as all of ours
@@ -55,10 +60,15 @@ class _Columns(msgspec.Struct, array_like=True, frozen=True):
     first: int
     epochs: list[tuple[int, int]]
     """Runs: an epoch, and how many events in a row have it."""
-    types: list[str]
+    types: list[tuple[str, bytes, bytes]]
+    """A type, and what all its contents begin and end with, behind the `ts`."""
     kinds: bytes | list[int]
     """Of each event, its type's place in the table."""
-    contents: list[bytes]
+    stamps: list[int | None]
+    """Of each event, the difference of its `ts` to the last one known; None: its content begins otherwise."""
+    sizes: list[int]
+    """Of each event, how many bytes of `middles` are its own."""
+    middles: bytes
 
 
 _decoder = msgspec.msgpack.Decoder(_Columns)
@@ -85,15 +95,59 @@ def encode(entries: Sequence[Entry]) -> bytes:
     """Make a segment of entries that follow one another without a hole."""
     places: dict[str, int] = {}
     kinds = [places.setdefault(entry.type, len(places)) for entry in entries]
+    stamps, rests = _split_stamps(entries)
+    of_types: list[list[bytes]] = [[] for _ in places]
+    for kind, rest in zip(kinds, rests, strict=True):
+        of_types[kind].append(rest)
+    shapes = [_common_ends(contents) for contents in of_types]
+    middles = [
+        rest[len(shapes[kind][0]) : len(rest) - len(shapes[kind][1])]
+        for kind, rest in zip(kinds, rests, strict=True)
+    ]
     columns = _Columns(
         FORMAT,
         entries[0].cursor.seq,
         list(_runs(entries)),
-        list(places),
+        [(name, *ends) for name, ends in zip(places, shapes, strict=True)],
         bytes(kinds) if len(places) <= 256 else kinds,
-        [entry.data for entry in entries],
+        stamps,
+        [len(middle) for middle in middles],
+        b"".join(middles),
     )
     return compress(msgspec.msgpack.encode(columns))
+
+
+def _split_stamps(entries: Sequence[Entry]) -> tuple[list[int | None], list[bytes]]:
+    """The differences of the contents' `ts`, and the contents without them."""
+    stamps: list[int | None] = []
+    rests: list[bytes] = []
+    last = 0
+    for entry in entries:
+        stamp = _STAMP.match(entry.data)
+        if stamp is None:
+            stamps.append(None)
+            rests.append(entry.data)
+            continue
+        now = int(stamp[1])
+        stamps.append(now - last)
+        rests.append(entry.data[stamp.end() :])
+        last = now
+    return stamps, rests
+
+
+def _common_ends(contents: list[bytes]) -> tuple[bytes, bytes]:
+    """What all of these begin with, and what all of them end with, without overlap."""
+    shortest = min(map(len, contents))
+    start = _common_start(contents)
+    ends = [content[len(content) - (shortest - len(start)) :][::-1] for content in contents]
+    return start, _common_start(ends)[::-1]
+
+
+def _common_start(contents: list[bytes]) -> bytes:
+    """What all of these begin with: what the first and the last of them in order do."""
+    low, high = min(contents), max(contents)
+    shorter = min(len(low), len(high))
+    return low[: next((at for at in range(shorter) if low[at] != high[at]), shorter)]
 
 
 def _runs(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
@@ -115,13 +169,27 @@ def decode(blob: bytes) -> list[Entry]:
         if columns.format != FORMAT:
             raise DamagedSegment(f"a segment of format {columns.format}, not {FORMAT}")
         epochs = [epoch for epoch, count in columns.epochs for epoch in repeat(epoch, count)]
-        rows = zip(epochs, columns.kinds, columns.contents, strict=True)
+        rows = zip(epochs, columns.kinds, _contents(columns), strict=True)
         return [
-            Entry(Cursor(seq, epoch), columns.types[kind], content)
+            Entry(Cursor(seq, epoch), columns.types[kind][0], content)
             for seq, (epoch, kind, content) in enumerate(rows, columns.first)
         ]
     except (msgspec.MsgspecError, ValueError, IndexError) as error:
         raise DamagedSegment(f"a segment cannot be read: {error}") from error
+
+
+def _contents(columns: _Columns) -> Iterator[bytes]:
+    now = at = 0
+    for kind, stamp, size in zip(columns.kinds, columns.stamps, columns.sizes, strict=True):
+        _, start, end = columns.types[kind]
+        head = b""
+        if stamp is not None:
+            now += stamp
+            head = b'{"ts":%d,' % now
+        yield head + start + columns.middles[at : at + size] + end
+        at += size
+    if at != len(columns.middles):
+        raise DamagedSegment(f"a segment has {len(columns.middles)} bytes of contents, not {at}")
 
 
 def parse_index(text: str) -> list[Segment]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamjobs import events as ev
 from streamjobs import segments
 from streamjobs.cursor import Cursor
 from streamjobs.segments import DamagedSegment, Entry, Segment
@@ -16,7 +19,17 @@ def entries_of(contents: list[tuple[int, str, bytes]], first: int = 1) -> list[E
     return [Entry(Cursor(seq, epoch), kind, data) for seq, (epoch, kind, data) in enumerate(contents, first)]
 
 
-ROWS = st.tuples(st.sampled_from([5, 5, 5, 10**15]), st.sampled_from(["text.delta", "x.ü"]), st.binary())
+CONTENTS = st.one_of(
+    st.binary(),
+    st.sampled_from(
+        [b"", b"{}", b'{"ts":5}', b'{"ts":05,"a":1}', b'{"ts":5,', b'{"ts":-5,"a":1}', b"aba", b"ab"]
+    ),
+    st.builds(lambda ts, rest: b'{"ts":%d,%s}' % (ts, rest), st.integers(0, 10**20), st.binary(max_size=9)),
+    st.builds(
+        lambda ts, n: b'{"ts":%d,"turn":1,"text":"%d"}' % (ts, n), st.integers(0, 99), st.integers(0, 999)
+    ),
+)
+ROWS = st.tuples(st.sampled_from([5, 5, 5, 10**15]), st.sampled_from(["text.delta", "x.\u00fc"]), CONTENTS)
 
 
 @given(st.lists(ROWS, min_size=1, max_size=30), st.integers(1, 10**9))
@@ -83,3 +96,13 @@ def test_a_log_of_words_takes_a_fraction():
     entries = stored(random_log("size", 2000))
     plain = sum(len(entry.data) for entry in entries)
     assert len(segments.encode(entries)) < plain / 5
+
+
+def test_an_answer_takes_little_more_than_its_text():
+    """Ten thousand finished chats would take several times what people said in them."""
+    random = Random(1)
+    words = ["".join(random.choices("etaoinshrdlu", k=random.randint(2, 9))) for _ in range(400)]
+    texts = [" ".join(random.choices(words, k=6)) + " " for _ in range(200)]
+    said = [ev.TextDelta(ts=1_700_000_000_000 + 131 * n, turn=1, text=text) for n, text in enumerate(texts)]
+    blob = segments.encode(entries_of([(7, event.type, ev.encode_event(event)) for event in said]))
+    assert len(blob) < 1.15 * len(segments.compress("".join(texts).encode()))

@@ -4,7 +4,7 @@ Rule 1: a job is folded from where this process stands, else from the stored sna
 beginning while it lives.
 Rule 2: a live job is sealed when its stream has grown by enough, and by a quarter of its snapshot: each
 snapshot is paid for by new events, so all the work together is linear in the log.
-Rule 3: a job that has ended is sealed whole.
+Rule 3: a job that has ended is sealed whole. A projector that is behind seals full segments.
 Rule 4: any number of processes may work on one job. The script lets one through; who was second loads again.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from streamjobs.errors import JobNotFound, StoreUnavailable
 from streamjobs.faults import fault
-from streamjobs.segments import Entry
+from streamjobs.segments import SEGMENT_BYTES, SEGMENT_EVENTS, Entry
 from streamjobs.store import Page, Store, Stored
 
 KEPT_BYTES = 64 * 1024 * 1024
@@ -84,7 +84,7 @@ class SnapshotProjection:
         work, page = await self._start(job_id)
         while page.found:
             work.take(page.entries)
-            if self._is_due(work) and not await self._seal(job_id, work):
+            if self._is_due(work, page) and not await self._seal(job_id, work):
                 return False
             if page.is_up_to_date:
                 self._keep(job_id, work)
@@ -100,9 +100,11 @@ class SnapshotProjection:
         self._size -= kept.size
         return kept, await self._store.log.page(job_id, kept.fold.cursor)
 
-    def _is_due(self, work: _Work) -> bool:
+    def _is_due(self, work: _Work, page: Page) -> bool:
         if work.fold.status.is_terminal:
             return work.events > 0
+        if not page.is_up_to_date:  # there is more: a full segment at a time
+            return work.events >= SEGMENT_EVENTS or work.bytes >= SEGMENT_BYTES
         return (work.events > self._events or work.bytes > self._bytes) and 4 * work.bytes > work.weight
 
     async def _seal(self, job_id: str, work: _Work) -> bool:
