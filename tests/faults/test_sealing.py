@@ -57,8 +57,8 @@ async def project(store: Store, job_id: str, fault: str = "") -> int:
 async def test_a_projector_killed_there_costs_nothing(store: Store, point: str, has_ended: bool):
     """A kill between reading and sealing would leave a log that ends in nothing, for ever."""
     job = await Job.start(store)
-    for _ in range(6):
-        await job.say(200)
+    for _ in range(21):
+        await job.say(200)  # two full segments, and some more
     if has_ended:
         await job.end()
     assert await project(store, job.id, point) == -signal.SIGKILL
