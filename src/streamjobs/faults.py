@@ -42,7 +42,10 @@ WORKFLOW_POINTS = (
 )
 """What a workflow passes beside those."""
 
-POINTS = CHAT_POINTS + WORKFLOW_POINTS
+SEAL_POINTS = ("before_seal", "after_seal")
+"""What the snapshot projection passes."""
+
+POINTS = CHAT_POINTS + WORKFLOW_POINTS + SEAL_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

@@ -20,6 +20,7 @@ from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.snapshots import Sealed, Snapshots, Stored
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
@@ -49,7 +50,10 @@ __all__ = [
     "Renewal",
     "ScheduleRecord",
     "Schedules",
+    "Sealed",
+    "Snapshots",
     "Store",
+    "Stored",
     "Strike",
     "Strikes",
     "Submission",
@@ -76,12 +80,13 @@ class Store:
         self._blocking: list[Redis] = []
         scripts = Scripts(client, Limits.of(settings), plain=plain)
         self.log = Log(client, scripts)
+        self.snapshots = Snapshots(scripts, self.log, settings)
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
-        self.dead = Dead(client, settings)
+        self.dead = Dead(client, self.log, settings)
         self.queues = Queues(client, settings)
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)

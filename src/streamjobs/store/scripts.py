@@ -126,6 +126,7 @@ class Scripts:
     STRIKE: ClassVar = Script("strike", "allow-oom")
     RERUN: ClassVar = Script("rerun")
     INSPECT: ClassVar = Script("inspect", "no-writes")
+    SEAL: ClassVar = Script("seal", "allow-oom")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
     def __init__(self, client: Redis, limits: Limits, *, plain: bool = False) -> None:

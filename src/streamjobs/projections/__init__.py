@@ -1,0 +1,1 @@
+"""What is derived from the logs: each can be rebuilt from them."""
