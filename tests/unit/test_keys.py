@@ -17,6 +17,7 @@ JOB = "j3-abcdefghijklmnopqrstuvwxy2"
 NAMES = {
     f"sj:{{3}}:job:{JOB}": ("hash", "job"),
     f"sj:{{3}}:job:{JOB}:events": ("stream", "job"),
+    f"sj:{{3}}:job:{JOB}:sealed": ("hash", "job"),
     f"sj:{{3}}:job:{JOB}:children": ("set", "job"),
     f"sj:{{3}}:job:{JOB}:seen": ("set", "job"),
     f"sj:{{3}}:job:{JOB}:artifacts": ("hash", "job"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KNOWN: dict[str, str] = {
     "index": "IndexProjection",
+    "snapshot": "SnapshotProjection",
     "stats": "StatsProjection",
 }
 """Name of a projection, and of the module here that has it -> its class, which is made from a store."""

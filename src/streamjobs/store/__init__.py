@@ -22,6 +22,7 @@ from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.snapshots import Sealed, Snapshots, Stored
 from streamjobs.store.stats import Counted, Stats, Step, Totals
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
@@ -61,9 +62,12 @@ __all__ = [
     "Renewal",
     "ScheduleRecord",
     "Schedules",
+    "Sealed",
+    "Snapshots",
     "Stats",
     "Step",
     "Store",
+    "Stored",
     "Strike",
     "Strikes",
     "Submission",
@@ -91,12 +95,13 @@ class Store:
         self._blocking: list[Redis] = []
         scripts = Scripts(client, Limits.of(settings), plain=plain)
         self.log = Log(client, scripts)
+        self.snapshots = Snapshots(scripts, self.log, settings)
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
-        self.dead = Dead(client, settings)
+        self.dead = Dead(client, self.log, settings)
         self.queues = Queues(client, settings)
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)

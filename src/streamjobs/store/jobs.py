@@ -124,7 +124,7 @@ class Jobs:
         self._scripts = scripts
         self._settings = settings
         self._log = Log(client, scripts)
-        self._dead = Dead(client, settings)
+        self._dead = Dead(client, self._log, settings)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.

@@ -42,7 +42,8 @@ _SCHEDULE_ID = re.compile(r"s(0|[1-9]\d{0,3})-[a-z2-7]{26}", re.ASCII)
 
 KEYS: tuple[Key, ...] = (
     _key("job:<job>", "hash", "job", "the job's state, see FIELDS"),
-    _key("job:<job>:events", "stream", "job", "the job's log"),
+    _key("job:<job>:events", "stream", "job", "the job's log, or what of it is not sealed"),
+    _key("job:<job>:sealed", "hash", "job", "segments by last seq; `index`: a line for each; `snap`: a fold"),
     _key("job:<job>:children", "set", "job", "jobs it spawned"),
     _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
     _key("job:<job>:artifacts", "hash", "job", "what it made: name -> content, name/ -> media type"),
@@ -142,6 +143,8 @@ FIELDS: dict[str, str] = {
     "family": "set if it has children",
     "asked": "set if it has a `seen` key",
     "artifacts": "bytes of all its artifacts; set if it has any",
+    "sealed": "id of the last event that is in a segment; those above are in the stream",
+    "snap": "id of the event at which the stored snapshot stands: none, or the same",
     "stats": "how far its log is counted, see stats.lua",
 }
 """Fields of a job's hash, all optional but the first few."""
