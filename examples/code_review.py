@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import io
+import threading
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ SEVERITY = ["syntax", "bare-except", "long-function", "unfinished", "no-docstrin
 PROMPT = """\
 Sum up this code review for the maintainers in at most five sentences: what is worst, where it gathers, what
 to do first. Say nothing that the findings do not say."""
+
+_PARSER = threading.Lock()
+"""Steps that are not async run in threads, and Python's parser counts its depth once for all of them."""
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class Review(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,7 +120,8 @@ def review(path: str, name: str) -> list[Finding]:
 def check(source: bytes) -> Iterator[tuple[int, str, str]]:
     """Line, rule and message of each finding in a source."""
     try:
-        tree = ast.parse(source)
+        with _PARSER:
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield getattr(error, "lineno", None) or 1, "syntax", f"does not parse: {error}"[:200]
         return
@@ -138,9 +145,9 @@ def _too_long(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[in
 
 def _undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[int, str, str]]:
     for node in scope.body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if not isinstance(node, Definition) or node.name.startswith("_"):
             continue
-        if not node.name.startswith("_") and ast.get_docstring(node) is None:
+        if ast.get_docstring(node) is None:
             yield node.lineno, "no-docstring", f"{node.name} has no docstring"
 
 

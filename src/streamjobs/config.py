@@ -118,6 +118,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     snapshot_min_events: int = 1000
     """Logs up to this many events have no stored snapshot; they are folded when somebody asks."""
 
+    # --- projections
+    projections: tuple[str, ...] = ("snapshot", "index", "stats")
+    """Those that a projector runs (also within `dev` and `demo`). As text: separated by commas."""
+    projector_concurrency: int = 16
+    """Jobs that one projector folds at once."""
+
     # --- worker
     concurrency: int = 400
     """Jobs that one worker process runs at once."""
@@ -290,7 +296,7 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights"}:
+    if name not in {"queues", "priority_weights", "projections"}:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -326,6 +332,8 @@ _POSITIVE = (
     "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
+    "provider_attempts",
+    "projector_concurrency",
 )  # fmt: skip
 
 
@@ -339,5 +347,7 @@ def _check_choices(settings: Settings) -> None:
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:
         raise ConfigError("setting 'priority_weights': three weights of 0 or more, not all 0")
+    if len(set(settings.projections)) != len(settings.projections):
+        raise ConfigError("setting 'projections': each once")
     if settings.provider not in {"", "openai", "anthropic"}:
         raise ConfigError("setting 'provider': openai or anthropic")

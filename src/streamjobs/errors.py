@@ -79,6 +79,12 @@ class ScheduleNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class ProjectionNotFound(StreamjobsError):
+    """No projection has this name, or none ever ran."""
+
+    code, http_status = "not_found", 404
+
+
 class UnreadableSchedule(StreamjobsError):
     """A schedule that another release wrote, and that this one cannot read. Leave it alone."""
 

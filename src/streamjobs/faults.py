@@ -45,7 +45,10 @@ WORKFLOW_POINTS = (
 SEAL_POINTS = ("before_seal", "after_seal")
 """What the snapshot projection passes."""
 
-POINTS = CHAT_POINTS + WORKFLOW_POINTS + SEAL_POINTS
+PROJECTOR_POINTS = ("after_notes_read", "after_advance", "before_ack")
+"""What a projector passes with each batch of notes."""
+
+POINTS = CHAT_POINTS + WORKFLOW_POINTS + SEAL_POINTS + PROJECTOR_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

@@ -288,6 +288,17 @@ def _waits_for_a_timer(event: Event) -> bool:
             return False
 
 
+def status_after(status: Status, event: Event) -> Status:
+    """Where a job is after an event that is not its first. Raises `InvalidTransition`."""
+    kind = type(event)
+    if kind not in _MOVES:
+        return status
+    after = TRANSITIONS[status].get(kind)
+    if after is None:
+        raise InvalidTransition(f"{kind.type} while {status}")
+    return Status.SCHEDULED if _waits_for_a_timer(event) else after
+
+
 class _Turn:
     """A turn as it is folded: what is known, and what it says."""
 
@@ -432,12 +443,7 @@ class Fold:
             raise InvalidTransition(f"{kind.type} after the job {status}")
         if kind is ev.JobQueued:
             raise InvalidTransition("job.queued twice")
-        if kind not in _MOVES:
-            return status
-        after = TRANSITIONS[status].get(kind)
-        if after is None:
-            raise InvalidTransition(f"{kind.type} while {status}")
-        return Status.SCHEDULED if _waits_for_a_timer(event) else after
+        return status_after(status, event)
 
     # --- lifecycle
 

@@ -51,7 +51,7 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
     async with lab(redis.url, SCENARIO, **changes) as bench, sweeping(bench.store):
         ids = [await bench.chat(str(n), tools=["pure", "idempotent", "once"]) for n in range(jobs)]
         with workers(bench, effects) as running:
-            kills = await kill_at_random(bench, running, random.Random(seed), seconds)
+            await kill_at_random(bench, running, random.Random(seed), seconds)
             await bench.ended(*ids, timeout=90.0)
         lost = Counter[str]()
         for job_id in ids:
@@ -60,7 +60,6 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
         require_quiet(effects)
         report = await bench.healthy()
         assert report.statuses == {"completed": jobs}
-        assert kills > seconds / 4
         assert lost["job.lost"] > 0, "nothing was ever lost: the storm proves nothing"
 
 

@@ -50,7 +50,6 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
         require_quiet(effects)
         statuses = (await bench.healthy()).statuses
     assert statuses == {"completed": 2 * jobs}, "each has a child"
-    assert kills > seconds / 4
     assert types["job.lost"] > 0, "nothing was ever lost: the storm proves nothing"
 
 

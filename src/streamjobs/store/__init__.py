@@ -13,6 +13,8 @@ from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.dead import Dead, DeadFilter, DeadJob
+from streamjobs.store.feed import Feed, GroupLag, Notes, ProjectionInfo, Quarantined
+from streamjobs.store.index import Index, JobFilter, ListedJob
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
@@ -21,6 +23,7 @@ from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.snapshots import Sealed, Snapshots, Stored
+from streamjobs.store.stats import Counted, Stats, Step, Totals
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
@@ -30,20 +33,29 @@ __all__ = [
     "Answer",
     "Artifacts",
     "Batch",
+    "Counted",
     "Dead",
     "DeadFilter",
     "DeadJob",
     "Entry",
+    "Feed",
+    "GroupLag",
+    "Index",
+    "JobFilter",
     "JobRecord",
     "Jobs",
     "Lease",
+    "ListedJob",
     "Listener",
     "Live",
     "Log",
+    "Notes",
     "Outcome",
     "Page",
     "Permit",
     "Permits",
+    "ProjectionInfo",
+    "Quarantined",
     "QueueInfo",
     "Queues",
     "Receipt",
@@ -52,6 +64,8 @@ __all__ = [
     "Schedules",
     "Sealed",
     "Snapshots",
+    "Stats",
+    "Step",
     "Store",
     "Stored",
     "Strike",
@@ -61,6 +75,7 @@ __all__ = [
     "Taken",
     "Tick",
     "Ticks",
+    "Totals",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -91,6 +106,9 @@ class Store:
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
         self.ticks = Ticks(self.schedules, self.jobs)
+        self.feed = Feed(client, scripts, settings)
+        self.index = Index(client, scripts, settings)
+        self.stats = Stats(client, scripts, settings)
         self.live = Live(self._subscriber)
 
     @classmethod
