@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from streamjobs import App, segments
 from streamjobs import events as ev
-from streamjobs import segments
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import StoreUnavailable
 from streamjobs.job import Fold, InvalidTransition
@@ -17,7 +17,9 @@ from streamjobs.projections import snapshot
 from streamjobs.projections.snapshot import SnapshotProjection
 from streamjobs.store import Entry, Store, keys
 from streamjobs.store.doctor import Doctor
+from streamjobs.testing import Scenario, ScriptedCall, Turn
 from tests.conftest import RedisProcess, fast_settings
+from tests.harness import lab, working
 from tests.sealing import Job
 
 SMALL: dict[str, Any] = {"seal_events": 10, "seal_bytes": 2000, "snapshot_min_events": 15}
@@ -267,3 +269,49 @@ async def test_the_doctor_finds_damaged_history(job: Job, damage: str):
     report = await Doctor(other).examine()
     await other.aclose()
     assert [violation.check for violation in report.violations] == ["sealed_history"]
+
+
+async def test_who_was_second_goes_on_to_the_end(job: Job, monkeypatch: pytest.MonkeyPatch):
+    """The last note about a job may reach the projector that lost the race: its end would stay unsealed."""
+    await job.say(30)
+    await job.end()
+    seal = job.store.snapshots.seal
+    lost: list[str] = []
+
+    async def second_once(job_id: str, *rest: Any) -> Any:
+        if not lost:
+            lost.append(job_id)
+            return None
+        return await seal(job_id, *rest)
+
+    monkeypatch.setattr(job.store.snapshots, "seal", second_once)
+    await SnapshotProjection(job.store).advance(job.id)
+    assert lost
+    assert await job.stream() == 0
+
+
+async def test_a_recorded_chat_is_whole_at_every_event(redis: RedisProcess):
+    """What a real worker writes, and random logs do not, would be lost in the snapshot."""
+    app = App()
+
+    @app.tool(effect="pure")
+    async def look(at: str) -> str:
+        return f"{at} is well"
+
+    call = ScriptedCall(name="look", arguments={"at": "it"})
+    turns = [Turn(text="I look. " * 20, tool_calls=[call]), Turn(text="It is well. " * 20)]
+    async with lab(redis.url, Scenario(turns=turns), **SMALL) as bench, working(bench.store, app):
+        job_id = await bench.chat(tools=["look"])
+        await bench.ended(job_id)
+        store = bench.store
+        log = [entry async for page in store.log.pages(job_id) for entry in page.entries]
+        whole = Fold(job_id)
+        for seq, entry in enumerate(log, 1):
+            whole.apply_all([entry])
+            rest = Fold.restore(whole.state())
+            assert rest.view() == whole.view()
+            rest.apply_all(log[seq:])
+            assert rest.view() == await bench.view(job_id)
+        await SnapshotProjection(store).advance(job_id)
+        assert [entry async for page in store.log.pages(job_id) for entry in page.entries] == log
+        await bench.healthy()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamjobs import events as ev
-from streamjobs.bounded import Spoken
+from streamjobs.bounded import Spoken, cut_items
 from streamjobs.cursor import Cursor
 from streamjobs.events import Event
 from streamjobs.job import STATE_SCHEMA, Caps, Fold, UnknownState
@@ -146,3 +146,12 @@ def test_folding_past_the_bounds_costs_n(monkeypatch: pytest.MonkeyPatch):
     view = folded([*START, ev.TurnStarted(turn=1), *words], caps).view()
     assert view.truncated["text"] + len(view.text) == 200_000
     assert sum(copied) < 5 * 200_000
+
+
+def test_a_quarter_leaves_at_once():
+    """A job of many steps would have them all copied for each new one."""
+    items = {n: str(n) for n in range(9)}
+    assert cut_items(items, 9) == (items, [])
+    kept, left = cut_items(items, 8)
+    assert list(kept) == [3, 4, 5, 6, 7, 8]
+    assert left == ["0", "1", "2"]
