@@ -17,7 +17,7 @@ LAYERS = [
     {"errors"},
     {"cursor", "events", "faults", "cron"},
     {"approvals"},
-    {"job", "effects", "retry", "config", "metrics", "schedule"},
+    {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing"},
     {"logs"},
     {"store", "llm"},
     {"inputs"},

@@ -206,6 +206,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     page_bytes: int = 256 * 1024
     """Bytes in one page of a log, about."""
 
+    # --- notifications
+    notice_cap: int = 1000
+    """Notices that an owner's feed keeps; the oldest leave it first."""
+    notice_ttl: float = 30 * 86400.0
+    """How long a notice is kept."""
+    public_url: str = ""
+    """Where people reach the gateway, for the links in webhooks and mail; empty: links are paths."""
+    webhook_timeout: float = 10.0
+    """How long one try of a delivery may take, connecting included."""
+    webhook_connections: int = 20
+    """Deliveries that one process has under way at once."""
+    webhook_grace: float = 86400.0
+    """How long the secret before stays good after a rotation."""
+    webhook_http: bool = False
+    """Whether a webhook may be `http://`: for tests and networks of your own."""
+    webhook_allow: tuple[str, ...] = ()
+    """Hosts, and networks as 10.1.0.0/16, that webhooks may reach though they are not public."""
+    smtp_url: str = ""
+    """`smtp://` (STARTTLS where it is offered) or `smtps://`, `user:password@host:port`; empty: no mail."""
+    notify_from: str = ""
+    """The sender's address of mail."""
+
     # --- logs
     log_level: str = "info"
     """`debug`, `info`, `warning`, `error` or `critical`."""
@@ -274,7 +296,7 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights"}:
+    if name not in {"queues", "priority_weights", "webhook_allow"}:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -309,7 +331,7 @@ _POSITIVE = (
     "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval",
     "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
-    "provider_attempts",
+    "provider_attempts", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
 )  # fmt: skip
 
 
@@ -325,3 +347,7 @@ def _check_choices(settings: Settings) -> None:
         raise ConfigError("setting 'priority_weights': three weights of 0 or more, not all 0")
     if settings.provider not in {"", "openai", "anthropic"}:
         raise ConfigError("setting 'provider': openai or anthropic")
+    if settings.smtp_url and not settings.smtp_url.startswith(("smtp://", "smtps://")):
+        raise ConfigError("setting 'smtp_url': smtp://host:port or smtps://host:port")
+    if settings.smtp_url and "@" not in settings.notify_from:
+        raise ConfigError("setting 'notify_from': mail needs a sender's address")

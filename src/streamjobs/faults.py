@@ -42,7 +42,10 @@ WORKFLOW_POINTS = (
 )
 """What a workflow passes beside those."""
 
-POINTS = CHAT_POINTS + WORKFLOW_POINTS
+DELIVERY_POINTS = ("after_told", "after_delivery")
+"""Between telling owners and their webhooks, and writing down that it was done."""
+
+POINTS = CHAT_POINTS + WORKFLOW_POINTS + DELIVERY_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

@@ -15,6 +15,7 @@ from streamjobs.cli import control, look, operate
 from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.jobs import cancel, status, submit, watch
+from streamjobs.cli.notices import notifications, webhooks
 from streamjobs.cli.roles import dev, provider, serve, worker
 from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
@@ -43,7 +44,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 for command in (
-    dev, demo, serve, worker, provider, doctor, schedules,
+    dev, demo, serve, worker, provider, doctor, schedules, notifications, webhooks,
     submit, watch, status, cancel,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,

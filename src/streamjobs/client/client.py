@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 from streamjobs.client.handle import ENDED, Handle
+from streamjobs.client.notices import NotificationsClient, WebhooksClient
 from streamjobs.client.schedules import SchedulesClient
 from streamjobs.cursor import Cursor, parse_cursor
 from streamjobs.errors import Invalid, InvalidCursor, StreamjobsError
@@ -84,6 +85,8 @@ class Client:
             raise GatewayUnreachable(f"not an address: {base_url} ({error})") from error
         self._patience = patience
         self.schedules = SchedulesClient(self._call)
+        self.notifications = NotificationsClient(self._call)
+        self.webhooks = WebhooksClient(self._call)
 
     async def __aenter__(self) -> Self:
         return self

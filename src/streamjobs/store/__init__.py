@@ -13,15 +13,18 @@ from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.dead import Dead, DeadFilter, DeadJob
+from streamjobs.store.deliveries import Claimed, Deliveries, Undelivered
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
+from streamjobs.store.notices import News, Notice, Notices, Posting
 from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
+from streamjobs.store.webhooks import WebhookRecord, Webhooks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -29,9 +32,11 @@ __all__ = [
     "Answer",
     "Artifacts",
     "Batch",
+    "Claimed",
     "Dead",
     "DeadFilter",
     "DeadJob",
+    "Deliveries",
     "Entry",
     "JobRecord",
     "Jobs",
@@ -39,10 +44,14 @@ __all__ = [
     "Listener",
     "Live",
     "Log",
+    "News",
+    "Notice",
+    "Notices",
     "Outcome",
     "Page",
     "Permit",
     "Permits",
+    "Posting",
     "QueueInfo",
     "Queues",
     "Receipt",
@@ -57,6 +66,9 @@ __all__ = [
     "Taken",
     "Tick",
     "Ticks",
+    "Undelivered",
+    "WebhookRecord",
+    "Webhooks",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -86,6 +98,9 @@ class Store:
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
         self.ticks = Ticks(self.schedules, self.jobs)
+        self.notices = Notices(client, scripts, settings)
+        self.webhooks = Webhooks(client, scripts, settings)
+        self.deliveries = Deliveries(client, scripts, settings)
         self.live = Live(self._subscriber)
 
     @classmethod

@@ -74,6 +74,17 @@ KEYS: tuple[Key, ...] = (
     _key("schedule:<schedule>", "hash", "live", "a schedule until it is deleted, see SCHEDULE_FIELDS"),
     _key("schedules", "zset", "live", "schedules that are not paused, by the tick they wait for"),
     _key("owner:<any>:schedules", "zset", "live", "all of an owner's schedules, by when they were made"),
+    _key("notices:<any>", "stream", "ttl", "what an owner is told of jobs"),
+    _key("unread:<any>", "zset", "ttl", "the notices that an owner has not read, by instant"),
+    _key("webhooks:<any>", "hash", "live", "an owner's webhooks: definition, secret, why disabled"),
+    _key("deliveries", "zset", "live", "deliveries to webhooks by when the next try is due"),
+    _key("delivery:<any>", "hash", "ttl", "one delivery: its content, its tries, the last error"),
+    _key(
+        "undelivered:<any>",
+        "zset",
+        "ttl",
+        "deliveries that one webhook never took, by when they were given up",
+    ),
 )
 
 HEAD = KEYS[0]
@@ -128,6 +139,7 @@ FIELDS: dict[str, str] = {
     "family": "set if it has children",
     "asked": "set if it has a `seen` key",
     "artifacts": "bytes of all its artifacts; set if it has any",
+    "told": "id of the last event that its owner's notices and webhooks were told of",
 }
 """Fields of a job's hash, all optional but the first few."""
 
@@ -230,12 +242,26 @@ def new_schedule_id(partition: int, *names: str) -> str:
     return _format_id(partition, _digest(*names) if names else secrets.token_bytes(16), "s")
 
 
+def new_webhook_id() -> str:
+    """A random id; a webhook is looked for among its owner's only."""
+    return f"wh_{_base32(secrets.token_bytes(16))}"
+
+
+def delivery_id(job_id: str, cursor: str, webhook_id: str) -> str:
+    """The id of what is delivered to a webhook of one event: the same for all who see the event."""
+    return f"msg_{_base32(_digest(job_id, cursor, webhook_id))}"
+
+
 def _digest(*words: str) -> bytes:
     return hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _format_id(partition: int, random: bytes, letter: str = "j") -> str:
-    return f"{letter}{partition}-{base64.b32encode(random).decode().lower().rstrip('=')}"
+    return f"{letter}{partition}-{_base32(random)}"
+
+
+def _base32(raw: bytes) -> str:
+    return base64.b32encode(raw).decode().lower().rstrip("=")
 
 
 def scoped_digest(owner: str, key: str) -> str:

@@ -125,6 +125,9 @@ class Scripts:
     PERMIT: ClassVar = Script("permit", "allow-oom")
     STRIKE: ClassVar = Script("strike", "allow-oom")
     RERUN: ClassVar = Script("rerun")
+    NOTIFY: ClassVar = Script("notify")
+    WEBHOOK: ClassVar = Script("webhook")
+    DELIVER: ClassVar = Script("deliver", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 

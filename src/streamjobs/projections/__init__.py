@@ -1,0 +1,1 @@
+"""Projections: readers that fold the logs of jobs into something that can be asked for at once."""
