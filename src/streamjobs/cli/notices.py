@@ -17,7 +17,7 @@ def notifications() -> None:
     """What you are told of your jobs: ended, failed, waiting for an approval.
 
     \b
-    streamjobs notifications list --unread
+    streamjobs notifications list
     """
 
 
@@ -73,7 +73,7 @@ def webhooks() -> None:
     """Where what happens to your jobs is sent: an https address, or mailto:.
 
     \b
-    streamjobs webhooks create https://example.org/hook --event job.failed
+    streamjobs webhooks create https://example.org/hook
     """
 
 
