@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import io
+import threading
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ SEVERITY = ["syntax", "bare-except", "long-function", "unfinished", "no-docstrin
 PROMPT = """\
 Sum up this code review for the maintainers in at most five sentences: what is worst, where it gathers, what
 to do first. Say nothing that the findings do not say."""
+
+_PARSER = threading.Lock()
+"""Steps that are not async run in threads, and Python's parser counts its depth once for all of them."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -116,7 +120,8 @@ def review(path: str, name: str) -> list[Finding]:
 def check(source: bytes) -> Iterator[tuple[int, str, str]]:
     """Line, rule and message of each finding in a source."""
     try:
-        tree = ast.parse(source)
+        with _PARSER:
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield getattr(error, "lineno", None) or 1, "syntax", f"does not parse: {error}"[:200]
         return
@@ -126,16 +131,24 @@ def check(source: bytes) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             yield node.lineno, "bare-except", "catches everything, also cancellation"
-        elif isinstance(node, Definition):
-            yield from _of_definition(node)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _too_long(node)
+        elif isinstance(node, ast.Module | ast.ClassDef):
+            yield from _undocumented(node)
 
 
-def _of_definition(node: Definition) -> Iterator[tuple[int, str, str]]:
+def _too_long(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, str, str]]:
     length = (node.end_lineno or node.lineno) - node.lineno + 1
-    if length > LONG and not isinstance(node, ast.ClassDef):
+    if length > LONG:
         yield node.lineno, "long-function", f"{node.name} has {length} lines"
-    if not node.name.startswith("_") and ast.get_docstring(node) is None:
-        yield node.lineno, "no-docstring", f"{node.name} has no docstring"
+
+
+def _undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[tuple[int, str, str]]:
+    for node in scope.body:
+        if not isinstance(node, Definition) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
+            yield node.lineno, "no-docstring", f"{node.name} has no docstring"
 
 
 def _unfinished(source: bytes) -> Iterator[tuple[int, str, str]]:

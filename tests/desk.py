@@ -47,9 +47,17 @@ class Desk:
     """A job, its log, and the store around it; `status` is where it stands."""
 
     def __init__(
-        self, app: App, kind: str, given: Any = None, *, script: Script | None = None, **settings: Any
+        self,
+        app: App,
+        kind: str,
+        given: Any = None,
+        *,
+        script: Script | None = None,
+        job_id: str = JOB,
+        **settings: Any,
     ) -> None:
         self.app = app
+        self.job_id = job_id
         self.kind = kind
         self.settings = Settings(**({"park_after": 0.0, "replay_timeout": 0.3, "retry_base": 0.0} | settings))
         self.entries: list[Entry] = []
@@ -76,7 +84,12 @@ class Desk:
     @property
     def events(self) -> list[tuple[str, dict[str, Any]]]:
         """Every event's type and content."""
-        return [(entry.type, json.loads(entry.data)) for entry in self.entries]
+        return self.read(self.entries)
+
+    @staticmethod
+    def read(entries: Sequence[Entry]) -> list[tuple[str, dict[str, Any]]]:
+        """Every entry's type and content."""
+        return [(entry.type, json.loads(entry.data)) for entry in entries]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The contents of all events of one type."""
@@ -142,8 +155,11 @@ class Desk:
 
     # --- running
 
-    async def run(self, *, meanwhile: Callable[[], None] | None = None) -> str:
-        """Run the job until it ends or is parked; its status. `meanwhile` is called once code of it ran."""
+    async def run(self, *, meanwhile: Callable[[], None] | None = None, turns: int = 0) -> str:
+        """Run the job until it ends or is parked; its status.
+
+        `meanwhile` is called so many turns of the loop after its code has set `calls_in_flight`.
+        """
         assert self.status == "queued", self.status
         execution, committer = self._lease()
         task = asyncio.create_task(execution.run())
@@ -151,6 +167,8 @@ class Desk:
         try:
             if meanwhile is not None:
                 await self.calls_in_flight.wait()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
                 meanwhile()
                 execution.journal.note(self.inbox, "")
             await asyncio.wait_for(task, 10)
@@ -193,9 +211,18 @@ class Desk:
         self._epoch, self._batch, self.status = self._epoch + 1, 0, "running"
         self._write(JobStarted(attempt=self.attempt, worker="w"))
         lease = Lease(
-            JOB, self._epoch, len(self.entries), self.attempt, self.inbox, 0, -1, self.kind, "ann", "default",
-            b"",
-        )  # fmt: skip
+            self.job_id,
+            self._epoch,
+            len(self.entries),
+            self.attempt,
+            self.inbox,
+            crashes=0,
+            ms_left=-1,
+            kind=self.kind,
+            owner="ann",
+            queue="default",
+            queued=b"",
+        )
         committer = Committer(self, 0, self.settings)  # type: ignore[arg-type]
         store = SimpleNamespace(log=self, artifacts=self, jobs=self, permits=self)
         services = Services(

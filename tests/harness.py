@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from streamjobs.app import App
-from streamjobs.cursor import Cursor
+from streamjobs.cursor import START, Cursor
 from streamjobs.events import TERMINAL, encode_json
 from streamjobs.job import Fold, JobView
 from streamjobs.store import Store, Submission
@@ -57,10 +57,10 @@ class Lab:
         given = chosen if "messages" in chosen else {"prompt": prompt} | chosen
         return await self.submit("chat", given, **fields)
 
-    async def log(self, job_id: str) -> list[Logged]:
+    async def log(self, job_id: str, after: Cursor = START) -> list[Logged]:
         return [
             Logged(entry.cursor, entry.type, json.loads(entry.data))
-            async for page in self.store.log.pages(job_id)
+            async for page in self.store.log.pages(job_id, after)
             for entry in page.entries
         ]
 
@@ -188,8 +188,10 @@ class WorkerProcess:
         *,
         fault: str = "",
         env: dict[str, str] | None = None,
+        output: Path | None = None,
     ) -> None:
-        self._env = _environment(settings) | ({"STREAMJOBS_FAULT": fault} if fault else {}) | (env or {})
+        self._output = output
+        self._env = environment(settings) | ({"STREAMJOBS_FAULT": fault} if fault else {}) | (env or {})
         self._app = app
         self.process = self._spawn()
 
@@ -199,7 +201,10 @@ class WorkerProcess:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "streamjobs", "worker", self._app]
-        return subprocess.Popen(command, env=self._env, cwd=ROOT)
+        if self._output is None:
+            return subprocess.Popen(command, env=self._env, cwd=ROOT)
+        with self._output.open("ab") as output:
+            return subprocess.Popen(command, env=self._env, cwd=ROOT, stdout=output, stderr=output)
 
     def restart(self) -> None:
         assert self.process.poll() is not None
@@ -235,7 +240,7 @@ def worker_process(
             worker.kill()
 
 
-def _environment(settings: Any) -> dict[str, str]:
+def environment(settings: Any) -> dict[str, str]:
     """This process's environment, with the settings that differ from the defaults in place of our own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("STREAMJOBS_")}
     defaults = type(settings)()

@@ -71,6 +71,23 @@ class Kept(NamedTuple):
     content: bytes
 
 
+class Piece(NamedTuple):
+    """A segment as its writer describes it: seq of its first event, id of its last, and what it holds."""
+
+    first: int
+    last: str
+    size: int
+    blob: bytes
+
+    @property
+    def last_seq(self) -> int:
+        return int(self.last.partition("-")[0])
+
+    @property
+    def line(self) -> str:
+        return f"{self.first} {self.last} {self.size}"
+
+
 class Filed(NamedTuple):
     """A worker's last take, for its resend."""
 
@@ -150,6 +167,9 @@ class Job:
     children: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    segments: list[Piece] = field(default_factory=list)
+    snap: str = ""
+    snapshot: bytes = b""
     ended: int | None = None
     error: str = ""
     rerun: str = ""
@@ -170,6 +190,19 @@ class Job:
     @property
     def size(self) -> int:
         return sum(len(entry.content) for entry in self.log)
+
+    @property
+    def sealed(self) -> str:
+        return self.segments[-1].last if self.segments else ""
+
+    @property
+    def sealed_seq(self) -> int:
+        return self.segments[-1].last_seq if self.segments else 0
+
+    @property
+    def stream(self) -> list[Entry]:
+        """What of the log is not in segments."""
+        return self.log[self.sealed_seq :]
 
     @property
     def asked(self) -> str:
@@ -623,13 +656,15 @@ class Model:
             return ["gap", job.batch + 1]
         if batch.number < job.batch + 1:
             return ["conflict"]
-        if why := misplaced(job, batch, self.now):
+        if why := misplaced(batch):
             return ["bad", why]
         starts_tool = any(kind == "tool.started" for kind, _ in batch.events)
         if starts_tool and job.cancelled_at is not None:
             return ["inbox", job.inbox, "cancel"]
         if batch.outcome in PARKING and batch.seen != job.inbox:
             return ["inbox", job.inbox, job.asked]
+        if batch.outcome == "sleep" and not timers_after(job, batch, self.now):
+            return ["bad", "sleep without a timer"]
         if which := self.over_budget(job, batch):
             return ["limit", which]
         return []
@@ -698,6 +733,37 @@ class Model:
         job.rerun = new_id
         self.dead.pop(job_id, None)
         return ["ok"]
+
+    # --- sealed history ----------------------------------------------------------------------------------
+
+    def seal(
+        self, job_id: str, sealed: str, snap: str, snapshot: bytes, pieces: Sequence[Piece]
+    ) -> list[Any]:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return ["gone"]
+        if not pieces:
+            return ["bad"]
+        last = pieces[-1].last
+        if job.sealed == last and (not snapshot or job.snap == last):
+            return ["already", job.sealed, job.snap]
+        if (job.sealed, job.snap) != (sealed, snap):
+            return ["stale", job.sealed, job.snap]
+        if (job.snap and not snapshot) or not self.fits(job, pieces):
+            return ["bad"]
+        job.segments += pieces
+        if snapshot:
+            job.snap, job.snapshot = last, snapshot
+        return ["ok", job.sealed, job.snap]
+
+    def fits(self, job: Job, pieces: Sequence[Piece]) -> bool:
+        """Each piece begins where the one before ended, and ends at an event that is in the stream."""
+        end, ids = job.sealed_seq, {entry.id for entry in job.stream}
+        for piece in pieces:
+            if piece.first != end + 1 or piece.last not in ids or piece.last_seq < piece.first:
+                return False
+            end = piece.last_seq
+        return True
 
     # --- strikes -----------------------------------------------------------------------------------------
 
@@ -950,8 +1016,8 @@ def timers_after(job: Job, batch: Batch, now: int) -> dict[str, int]:
     return {key: at for key, at in (new | job.timers).items() if asked.get(key, 0) >= 0}
 
 
-def misplaced(job: Job, batch: Batch, now: int) -> str:
-    """The terminal event comes last, where the outcome says so and nowhere else; a sleeper has a timer."""
+def misplaced(batch: Batch) -> str:
+    """The terminal event comes last, where the outcome says so and nowhere else."""
     terminal = [(at, kind) for at, (kind, _) in enumerate(batch.events) if kind in TERMINAL]
     wanted = (
         [(len(batch.events) - 1, f"job.{batch.outcome}")] if batch.outcome in {"completed", "failed"} else []
@@ -960,8 +1026,6 @@ def misplaced(job: Job, batch: Batch, now: int) -> str:
         return "terminal event"
     if batch.outcome not in {"keep", *PARKING, *ENDED}:
         return "outcome"
-    if batch.outcome == "sleep" and not timers_after(job, batch, now):
-        return "sleep without a timer"
     return ""
 
 

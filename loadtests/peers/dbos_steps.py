@@ -4,7 +4,8 @@ As a child: `python -m loadtests.peers.dbos_steps work`, or `... submit <first> 
 LOADTEST_DBOS_URL, LOADTEST_MARKS.
 
 Tuned: async workflows and steps on uvloop, a queue without limits that is polled every 10 ms (its default is
-a second, and submit-to-started cannot be less), a connection for each thread that waits for one. The client
+a second, and submit-to-started cannot be less), a connection for each thread that waits for one, no pings of
+the pool. Two executor threads were slower, its default of 64 was no faster and later to start. The client
 talks to the database, as its documentation says; there is no call for many workflows at once.
 """
 

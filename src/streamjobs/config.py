@@ -102,6 +102,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     owner_feed_bytes: int = 2048
     """Contents over this size are left out of the owner's feed; they are in the job's log."""
 
+    # --- views and sealed history
+    view_text: int = 1024 * 1024
+    """Characters of text, and of reasoning, that a view shows; the newest, the log has all."""
+    view_log_lines: int = 1000
+    """Log lines that a view shows."""
+    view_steps: int = 1000
+    """Steps that a view shows, and tool calls, turns, artifacts, approvals and children."""
+    view_output: int = 64 * 1024
+    """Bytes of one step's or tool's output that a view shows."""
+    seal_events: int = 500
+    """A live job's log is sealed when more than this many of its events are not."""
+    seal_bytes: int = 64 * 1024
+    """Or when more than this many bytes of its events are not; and more than a quarter of its snapshot."""
+    snapshot_min_events: int = 1000
+    """Logs up to this many events have no stored snapshot; they are folded when somebody asks."""
+
+    # --- projections
+    projections: tuple[str, ...] = ("snapshot", "index", "stats", "notify")
+    """Those that a projector runs (also within `dev` and `demo`). As text: separated by commas."""
+    projector_concurrency: int = 16
+    """Jobs that one projector folds at once."""
+
     # --- worker
     concurrency: int = 400
     """Jobs that one worker process runs at once."""
@@ -296,7 +318,7 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights", "webhook_allow"}:
+    if name not in {"queues", "priority_weights", "projections", "webhook_allow"}:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -331,7 +353,10 @@ _POSITIVE = (
     "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval",
     "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
-    "provider_attempts", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
+    "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
+    "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
+    "provider_attempts",
+    "projector_concurrency",
 )  # fmt: skip
 
 
@@ -345,6 +370,8 @@ def _check_choices(settings: Settings) -> None:
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:
         raise ConfigError("setting 'priority_weights': three weights of 0 or more, not all 0")
+    if len(set(settings.projections)) != len(settings.projections):
+        raise ConfigError("setting 'projections': each once")
     if settings.provider not in {"", "openai", "anthropic"}:
         raise ConfigError("setting 'provider': openai or anthropic")
     if settings.smtp_url and not settings.smtp_url.startswith(("smtp://", "smtps://")):

@@ -85,6 +85,12 @@ class WebhookNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class ProjectionNotFound(StreamjobsError):
+    """No projection has this name, or none ever ran."""
+
+    code, http_status = "not_found", 404
+
+
 class TooManyWebhooks(Invalid):
     """The owner has as many webhooks as there may be."""
 

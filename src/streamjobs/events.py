@@ -103,22 +103,24 @@ class JobStarted(Event, frozen=True, kw_only=True):
 
 
 class JobProgress(Event, frozen=True, kw_only=True):
-    """How far the job is, as its code says."""
+    """How far the job is, as its code says; `within` names the step that said it."""
 
     type = "job.progress"
     percent: float | None = None
     step: int | None = None
     steps: int | None = None
     message: str = ""
+    within: str = ""
 
 
 class JobLog(Event, frozen=True, kw_only=True):
-    """A line for people, from the job's code."""
+    """A line for people, from the job's code; `within` names the step that said it."""
 
     type = "job.log"
     level: str = "info"
     message: str = ""
     data: Json = None
+    within: str = ""
 
 
 class JobRetrying(Event, frozen=True, kw_only=True):
@@ -288,6 +290,18 @@ class TurnCompleted(Event, frozen=True, kw_only=True):
     extra: dict[str, Json] = {}
 
 
+class TurnFailed(Event, frozen=True, kw_only=True):
+    """A workflow's own call of the model failed, and the workflow was told so.
+
+    Where that ends the job, or its attempt, `job.failed` or `job.retrying` follows.
+    """
+
+    type = "turn.failed"
+    turn: int
+    error: ErrorInfo
+    attempt: int = 1
+
+
 class TextDelta(Event, frozen=True, kw_only=True):
     """A piece of the answer."""
 
@@ -428,19 +442,21 @@ class ChildEnded(Event, frozen=True, kw_only=True):
 
 
 class ArtifactCreated(Event, frozen=True, kw_only=True):
-    """The job made something too large for an event."""
+    """The job made something too large for an event; `within` names the step that made it."""
 
     type = "artifact.created"
     name: str
     media_type: str
     size: int
     where: str
+    within: str = ""
 
 
 class Unknown(Event, frozen=True, kw_only=True):
-    """An event of another release, or a user's own `x.` type."""
+    """An event of another release, or a user's own `x.` type; `within` names the step that said it."""
 
     type = "unknown"
+    within: str = ""
 
 
 def _leaves(base: type[Event]) -> list[type[Event]]:

@@ -45,6 +45,24 @@ DELIVERIES = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+# --- projector
+
+PROJECTED = Counter(
+    "streamjobs_projected",
+    "Jobs that projections looked at: advanced, quarantined",
+    ["projection", "outcome"],
+    registry=REGISTRY,
+)
+PROJECTION_LAG = Gauge(
+    "streamjobs_projection_lag_notes", "Notes not yet done", ["projection"], registry=REGISTRY
+)
+PROJECTION_LAG_SECONDS = Gauge(
+    "streamjobs_projection_lag_seconds", "Age of the oldest note not yet done", ["projection"],
+    registry=REGISTRY,
+)  # fmt: skip
+PROJECTION_QUARANTINE = Gauge(
+    "streamjobs_projection_quarantined", "Jobs set aside after an error", ["projection"], registry=REGISTRY
+)
 
 # --- gateway
 

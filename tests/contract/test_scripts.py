@@ -332,6 +332,17 @@ def test_a_sleeper_without_a_timer_is_refused(partition: Partition) -> None:
     assert partition.append(Batch(*lease, 1, [], "sleep", timers=b'{"t":5000}'))[0][0] == "ok"
 
 
+def test_a_sleeper_whose_timer_has_fired_meanwhile_has_news(partition: Partition) -> None:
+    """Without it, a timer that fires while its job lies down costs that job its lease."""
+    partition.submit(NewJob(A))
+    (lease,) = partition.take()
+    partition.append(Batch(*lease, 1, [], timers=b'{"t":500}'))
+    partition.advance(500)
+    partition.wake()
+    assert partition.append(Batch(*lease, 2, [], "sleep", seen=0))[0][:2] == ["inbox", 1]
+    assert partition.append(Batch(*lease, 2, [], "sleep", seen=1))[0][0] == "bad"
+
+
 def test_a_timer_can_be_taken_back(partition: Partition) -> None:
     """Without it, the timeout of a wait that was answered wakes the job long after, for nothing."""
     partition.submit(NewJob(A))

@@ -72,6 +72,7 @@ async def test_a_killed_review_reviews_no_file_again(redis: RedisProcess, reposi
         await bench.healthy()
     assert view.status == "completed", view.error
     assert one_end(log) == "job.completed"
+    assert "job.lost" in {event.type for event in log}, "it was killed in the middle"
     completed = [event.data["key"] for event in log if event.type == "step.completed"]
     assert len(completed) == len(set(completed)) == view.result["files"] + 1
 

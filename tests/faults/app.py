@@ -26,10 +26,11 @@ class Effect(NamedTuple):
     job: str
 
 
-def _take_effect(tool: str, ctx: ToolContext) -> None:
+def take_effect(name: str, key: str, job: str) -> None:
+    """Do what cannot be undone: add a line to the file."""
     file = os.open(os.environ["EFFECTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        os.write(file, f"{tool} {ctx.idempotency_key} {ctx.job_id}\n".encode())
+        os.write(file, f"{name} {key} {job}\n".encode())
     finally:
         os.close(file)
 
@@ -51,28 +52,28 @@ def once_at_most_once(path: Path) -> None:
 @app.tool(effect="pure")
 async def pure(ctx: ToolContext) -> str:
     """Answer."""
-    _take_effect("pure", ctx)
+    take_effect("pure", ctx.idempotency_key, ctx.job_id)
     return "pure answer"
 
 
 @app.tool(effect="idempotent")
 async def idempotent(ctx: ToolContext) -> str:
     """Write."""
-    _take_effect("idempotent", ctx)
+    take_effect("idempotent", ctx.idempotency_key, ctx.job_id)
     return "idempotent answer"
 
 
 @app.tool(effect="once")
 def once(ctx: ToolContext) -> str:
     """Pay."""
-    _take_effect("once", ctx)
+    take_effect("once", ctx.idempotency_key, ctx.job_id)
     return "once answer"
 
 
 @app.tool(effect="idempotent", timeout=60.0)
 async def slow(ctx: ToolContext, seconds: float) -> str:
     """Take a while."""
-    _take_effect("slow", ctx)
+    take_effect("slow", ctx.idempotency_key, ctx.job_id)
     await asyncio.sleep(seconds)
     return "slow answer"
 
@@ -80,7 +81,7 @@ async def slow(ctx: ToolContext, seconds: float) -> str:
 @app.tool(effect="once", timeout=60.0)
 async def blocking(ctx: ToolContext, seconds: float) -> str:
     """Hold up the whole event loop, as broken tools do."""
-    _take_effect("blocking", ctx)
+    take_effect("blocking", ctx.idempotency_key, ctx.job_id)
     time.sleep(seconds)
     return "blocking answer"
 

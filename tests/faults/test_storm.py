@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
 import random
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from streamjobs.testing import Scenario, ScriptedCall, Turn
-from tests.conftest import RedisProcess, wait_until
+from tests.conftest import RedisProcess
 from tests.faults.app import once_at_most_once
-from tests.harness import Lab, WorkerProcess, lab, one_end, one_outcome_each, sweeping, worker_process
+from tests.faults.storms import kill_at_random, require_quiet, seeded, workers
+from tests.harness import Lab, lab, one_end, one_outcome_each, sweeping
 
 TEXTS = (
     "Let me look into that first. ",
@@ -32,7 +28,6 @@ SCENARIO = Scenario(
         Turn(text=TEXTS[2], rate=30.0),
     ]
 )
-WORKERS = 3
 
 
 @pytest.mark.timeout(120)
@@ -50,43 +45,22 @@ async def test_a_long_storm(redis: RedisProcess, tmp_path: Path, run: int):
 
 
 async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int) -> None:
-    seed = int(os.environ.get("STREAMJOBS_TEST_SEED") or random.randrange(10**6))
-    print(f"STREAMJOBS_TEST_SEED={seed}")  # noqa: T201 - shown with a failure
+    seed = seeded()
     effects = folder / "effects"
     changes = {"lease": 1.0, "max_crashes": 1000, "crash_cap": 0.2, "concurrency": 8, "owner_limit": 0}
     async with lab(redis.url, SCENARIO, **changes) as bench, sweeping(bench.store):
         ids = [await bench.chat(str(n), tools=["pure", "idempotent", "once"]) for n in range(jobs)]
         with workers(bench, effects) as running:
-            kills = await kill_at_random(running, random.Random(seed), seconds)
+            await kill_at_random(bench, running, random.Random(seed), seconds)
             await bench.ended(*ids, timeout=90.0)
         lost = Counter[str]()
         for job_id in ids:
             lost.update(await require_whole(bench, job_id))
         once_at_most_once(effects)
+        require_quiet(effects)
         report = await bench.healthy()
         assert report.statuses == {"completed": jobs}
-        assert kills > seconds / 3
         assert lost["job.lost"] > 0, "nothing was ever lost: the storm proves nothing"
-
-
-@contextlib.contextmanager
-def workers(bench: Lab, effects: Path) -> Iterator[list[WorkerProcess]]:
-    with contextlib.ExitStack() as stack:
-        env = {"EFFECTS": str(effects)}
-        yield [stack.enter_context(worker_process(bench.store.settings, env=env)) for _ in range(WORKERS)]
-
-
-async def kill_at_random(running: list[WorkerProcess], chance: random.Random, seconds: float) -> int:
-    """Kill and restart one worker after the other; how many were killed."""
-    until, kills = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
-        await asyncio.sleep(chance.uniform(0.3, 1.5))
-        victim = chance.choice(running)
-        victim.kill()
-        victim.restart()
-        kills += 1
-    await wait_until(lambda: all(worker.process.poll() is None for worker in running))
-    return kills
 
 
 async def require_whole(bench: Lab, job_id: str) -> Counter[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from streamjobs.events import ApprovalRequested
 from tests.conftest import RedisProcess
-from tests.integration.gateway import Served, serving
+from tests.integration.gateway import Script, Served, serving
 
 NOBODY = "j0-" + "a" * 26
 ALICE = {"x-streamjobs-owner": "alice"}
@@ -126,7 +127,7 @@ async def test_an_ended_job_says_how_it_ended(served: Served, what: str):
 )
 async def test_a_decision_has_one_form_in_the_log(served: Served, sent: dict[str, Any], decision: str):
     """Who decided what would be told in five ways, and not by whom."""
-    script = await served.script()
+    script = await asking(served)
     assert await act(served, script.id, "signal", json=sent, headers=ALICE) == {
         "id": script.id,
         "signal": "approval",
@@ -135,6 +136,22 @@ async def test_a_decision_has_one_form_in_the_log(served: Served, sent: dict[str
     kind, said = (await events_of(served, script.id))[-1]
     assert (kind, said["name"], said["by"]) == ("signal.received", "approval", "alice")
     assert said["payload"] == {"decision": decision, "comment": "", "key": ""}
+
+
+async def asking(served: Served) -> Script:
+    """A job that asks a person."""
+    script = await served.script()
+    await script.write(ApprovalRequested(key="call-7", subject="tool", message="May it?"))
+    return script
+
+
+@pytest.mark.parametrize("payload", [True, {"ok": True}, {"approved": True}, "later"])
+async def test_an_approval_of_the_workflows_own_is_left_alone(served: Served, payload: Any):
+    """`ctx.wait_for("approval")` would get another value than was sent."""
+    script = await served.script()
+    await act(served, script.id, "signal", json={"name": "approval", "payload": payload})
+    _, said = (await events_of(served, script.id))[-1]
+    assert said["payload"] == payload
 
 
 async def test_comment_and_request_key_of_a_decision_are_kept(served: Served):
@@ -154,7 +171,7 @@ async def test_comment_and_request_key_of_a_decision_are_kept(served: Served):
 )
 async def test_what_decides_nothing_is_refused(served: Served, payload: Any):
     """A decision that no worker can read would be answered with 200, and the job would wait on."""
-    script = await served.script()
+    script = await asking(served)
     problem = await act(served, script.id, "signal", 422, json={"name": "approval", "payload": payload})
     assert problem["code"] == "invalid"
     assert problem["field"].startswith("payload.")
@@ -163,7 +180,7 @@ async def test_what_decides_nothing_is_refused(served: Served, payload: Any):
 
 async def test_a_decision_names_its_field_when_it_is_refused(served: Served):
     """A form could not mark the field that is wrong."""
-    script = await served.script()
+    script = await asking(served)
     problem = await act(served, script.id, "signal", 422, json={"name": "approval", "payload": {}})
     assert problem["field"] == "payload.decision"
     body = {"name": "approve", "payload": {"key": 7}}

@@ -18,10 +18,11 @@ import pytest
 from streamjobs import events as ev
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError, StoreUnavailable
-from streamjobs.store import Batch, DeadFilter, Entry, Store, Submission, embedded, keys
+from streamjobs.store import Batch, DeadFilter, Entry, JobFilter, Store, Submission, embedded, keys
 from streamjobs.store.doctor import Doctor
 from streamjobs.store.embedded import RedisServer, embedded_redis, find_binary, wheel_binary
 from tests.conftest import fast_settings, redis_binary, wait_until
+from tests.projections.bench import carry
 
 
 def executable(path: Path) -> str:
@@ -144,13 +145,30 @@ async def use_the_rest(settings: Settings) -> None:
     assert [answer.verdict for answer in await store.work.append(0, batches)] == ["ok"] * 3
     ((dead,), _) = await store.dead.page(DeadFilter())
     assert (dead.id, dead.message) == (parent, "it broke")
-    again = (await store.jobs.rerun(parent)).job_id
+    await store.jobs.rerun(parent)
     assert await store.dead.page(DeadFilter()) == ([], "")
     await store.work.wake(0)
     assert (await store.queues.all())[0].held == 3
-    assert [record.job_id for record in (await store.jobs.recent("ann"))[0]][::3] == [again, parent]
+    await use_the_projections(store, parent)
     assert (await Doctor(store).examine()).violations == []
     await store.aclose()
+
+
+async def use_the_projections(store: Store, failed: str) -> None:
+    runner = await carry(store)
+    await runner.keep()
+    listed, cursor = await store.index.page("ann", JobFilter(status="failed"))
+    assert ([job.id for job in listed], cursor) == ([failed], "")
+    assert sum((await store.index.counts("ann")).values()) == 4
+    assert sum(counts["failed"] for counts in (await store.stats.totals()).values()) == 1
+    assert len(await store.stats.history("5m")) in {1, 2}
+    await store.feed.ask_rebuild("index")
+    await runner.rebuild()
+    assert await store.client.xlen("sj:{0}:feed") == 0
+    assert {info.name: (info.notes, info.rebuild) for info in await store.feed.all()} == {
+        "index": (0, ""),
+        "stats": (0, ""),
+    }
 
 
 @pytest.mark.parametrize("binary", [wheel_binary, find_binary], ids=["wheel", "found"])

@@ -60,14 +60,14 @@ async def test_a_submission_is_answered_with_where_to_look(served: Served):
 async def test_every_field_reaches_the_log(served: Served):
     fields = {
         "queue": "bulk", "priority": "high", "thread_id": "t 1", "message_id": "m/1", "metadata": {"a": [1]},
-        "delay": 2.5, "timeout": 9, "max_attempts": 2,
+        "delay": 2.5, "timeout": 9, "start_timeout": 60, "max_attempts": 2,
     }  # fmt: skip
     answer = await submit(served, BODY | fields | {"concurrency_key": "k"}, X_Streamjobs_Owner="ann@example")
     assert answer.json()["status"] == "scheduled"
     event = await first_event(served.store, answer.json()["id"])
     assert event["owner"] == "ann@example"
     assert event["input"] == {"prompt": "hello"}
-    assert (event["delay_ms"], event["timeout_ms"]) == (2500, 9000)
+    assert (event["delay_ms"], event["timeout_ms"], event["start_timeout_ms"]) == (2500, 9000, 60_000)
     for name in ("queue", "priority", "thread_id", "message_id", "metadata", "max_attempts"):
         assert event[name] == fields[name]
 
@@ -146,6 +146,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an instant and a delay": ({"run_at": "2030-01-01T00:00:00Z", "delay": 1}, "run_at"),
     "an instant of the year 9999": ({"run_at": "9999-01-01T00:00:00Z"}, "delay"),
     "negative timeout": ({"timeout": -1}, "timeout"),
+    "negative start_timeout": ({"start_timeout": -1}, "start_timeout"),
+    "a parent from outside": ({"parent": "j0-" + "a" * 26}, "parent"),
+    "a schedule from outside": ({"schedule": "s1"}, "schedule"),
     "no attempts": ({"max_attempts": 0}, "max_attempts"),
     "half an attempt": ({"max_attempts": 1.5}, "max_attempts"),
     "concurrency_key with NUL": ({"concurrency_key": "\x00"}, "concurrency_key"),

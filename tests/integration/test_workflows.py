@@ -22,8 +22,8 @@ from streamjobs import (
     ToolContext,
 )
 from streamjobs.errors import JobEnded
-from tests.conftest import RedisProcess
-from tests.harness import Lab, says, talking, working
+from tests.conftest import RedisProcess, wait_until
+from tests.harness import Lab, lab, says, talking, working
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -587,7 +587,8 @@ async def test_a_once_call_whose_worker_died_is_looked_up(redis: RedisProcess):
         for late in (False, True):
             job_id = await bench.submit("pays", late)
             await bench.until(job_id, "tool.started")
-            await asyncio.sleep(0.1)
+            if not late:
+                await wait_until(lambda: happened)
             await drop_the_worker_of(bench, job_id, "")
             view = await bench.ended(job_id)
             assert view.result == "paid 5", view.error
@@ -842,3 +843,77 @@ async def test_a_summary_stands_beside_the_result(redis: RedisProcess):
         view = await bench.ended(await bench.submit("works"))
     assert (view.summary, view.result) == ("all fine", 1)
     assert view.metrics.seconds is not None
+
+
+# --- queues
+
+
+async def test_a_queue_has_its_own_concurrency(redis: RedisProcess):
+    """Twenty large documents must not take every slot from the chats beside them."""
+    running, most = Counter[str](), Counter[str]()
+    app = App(builtin_tools=False)
+
+    async def busy(ctx: Context, queue: str) -> None:
+        running[queue] += 1
+        most[queue] = max(most[queue], running[queue])
+        await asyncio.sleep(0.1)
+        running[queue] -= 1
+
+    app.workflow("busy")(busy)
+    async with lab(redis.url, queues=("chat", "documents")) as bench:
+        documents = [await bench.submit("busy", "documents", queue="documents") for _ in range(8)]
+        chats = [await bench.submit("busy", "chat", queue="chat") for _ in range(4)]
+        async with working(bench.store, app, queue_limits={"documents": 2}):
+            await bench.ended(*documents, *chats)
+        await bench.healthy()
+    assert most["documents"] == 2
+    assert most["chat"] > 2
+
+
+# --- what a step says
+
+
+async def test_what_a_step_says_does_not_silence_what_comes_after(redis: RedisProcess):
+    """A log line would be swallowed in a replay, for each that a step had written before."""
+
+    async def talks(ctx: Context) -> None:
+        def loud() -> None:
+            for n in range(3):
+                ctx.log(f"in a thread {n}")
+
+        async def quiet() -> None:
+            ctx.log("in a step")
+            await ctx.artifact("made", "within")
+
+        await ctx.step(loud)
+        await ctx.step(quiet)
+        ctx.log("before")
+        await ctx.sleep(0.3)
+        ctx.log("after")
+        await ctx.artifact("made", "behind")
+
+    async with talking(redis.url, app=app_of("talks", talks), park_after=0.05) as bench:
+        job_id = await bench.submit("talks")
+        view = await bench.ended(job_id)
+        _, made = await bench.store.artifacts.get(job_id, "made")
+    said = [line.message for line in view.log_lines]
+    assert said == [*(f"in a thread {n}" for n in range(3)), "in a step", "before", "after"]
+    assert made == b"behind"
+
+
+async def test_a_step_may_not_ask_for_what_is_the_workflows(redis: RedisProcess):
+    """A step within a step would be asked for in the first run only, and the job would hang in the next."""
+
+    async def nests(ctx: Context) -> str:
+        async def inner() -> None:
+            await ctx.sleep(1.0)
+
+        try:
+            await ctx.step(inner)
+        except StepError as error:
+            return str(error)
+        return ""
+
+    async with talking(redis.url, app=app_of("nests", nests)) as bench:
+        view = await bench.ended(await bench.submit("nests"))
+    assert "within step 'inner'" in view.result, view.error

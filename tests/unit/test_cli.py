@@ -30,8 +30,9 @@ from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = [
     "approve", "cancel", "dead", "demo", "deny", "dev", "doctor", "effects", "list", "log",
-    "notifications", "pause", "provider", "queues", "rerun", "result", "resume", "schedules", "serve",
-    "signal", "status", "strike", "strikes", "submit", "unstrike", "watch", "webhooks", "worker", "workers",
+    "notifications", "pause", "projections", "projector", "provider", "queues", "rerun", "result", "resume",
+    "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit", "unstrike", "watch",
+    "webhooks", "worker", "workers",
 ]  # fmt: skip
 HEAVY = [
     "starlette",

@@ -45,6 +45,7 @@ EXAMPLES: list[ev.Event] = [
     ev.JobCancelled(ts=17, effective_ms=3),
     ev.TurnStarted(ts=18, turn=1, model="m"),
     ev.TurnRestarted(ts=19, turn=1, attempt=2, supersedes_from=4),
+    ev.TurnFailed(ts=19, turn=1, error=ev.ErrorInfo("provider_error", "refused")),
     ev.TurnCompleted(ts=20, turn=1, calls=[ev.ToolCallRequest("c", "t", "{}")], usage=ev.Usage(1, 2)),
     ev.TextDelta(ts=21, turn=1, text="Hi"),
     ev.ReasoningDelta(ts=22, turn=1, text="Hm"),
@@ -87,7 +88,7 @@ def test_an_event_reads_back_as_it_was(event: ev.Event):
 def test_the_examples_are_all_there_are():
     """A new type of event would be covered by none of the tests here."""
     assert {event.type for event in EXAMPLES} == set(ev.EVENTS)
-    assert len(ev.EVENTS) == 36
+    assert len(ev.EVENTS) == 37
 
 
 @pytest.mark.parametrize("entry", RELEASED, ids=lambda entry: entry["type"])

@@ -17,12 +17,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from streamjobs.approvals import canonical
+from streamjobs.approvals import APPROVAL, canonical
 from streamjobs.config import Settings
 from streamjobs.events import Json
 from streamjobs.gateway.answers import accepted, answer, links
 from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.requests import Label, Reason, idempotency_key, owner_of
+from streamjobs.gateway.snapshots import Snapshots
+from streamjobs.job import ApprovalView
 from streamjobs.store import Store
 
 
@@ -40,11 +42,18 @@ class SignalRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     key: Label = ""
 
 
+class _Requests(msgspec.Struct):
+    """The requests for approval in a job's view."""
+
+    approvals: list[ApprovalView] = []
+
+
 class ActRoutes:
     """The routes that change single jobs."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, snapshots: Snapshots, settings: Settings) -> None:
         self._store = store
+        self._snapshots = snapshots
         self._settings = settings
 
     def routes(self) -> list[Route]:
@@ -69,9 +78,17 @@ class ActRoutes:
         """Send a live job a value; `repeated` where its key had come before, and nothing was done."""
         job_id: str = request.path_params["id"]
         asked = fields_of(decode_body(await self._body(request)), SignalRequest)
-        name, payload = canonical(asked.name, asked.payload)
+        name, payload = asked.name, asked.payload
+        # without a request a signal `approval` is the workflow's own: its payload is not ours to judge
+        if name != APPROVAL or await self._asks_a_person(job_id):
+            name, payload = canonical(name, payload)
         is_new = await self._store.jobs.signal(job_id, name, payload, key=asked.key, by=owner_of(request))
         return answer({"id": job_id, "signal": name, "repeated": not is_new})
+
+    async def _asks_a_person(self, job_id: str) -> bool:
+        snapshot = await self._snapshots.latest(job_id)
+        view = msgspec.json.decode(snapshot.view, type=_Requests)
+        return any(approval.state == "pending" for approval in view.approvals)
 
     async def pause(self, request: Request) -> Response:
         """Park a job: `paused`, or `requested` where it runs, which ends at its next recorded point."""

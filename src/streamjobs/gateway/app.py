@@ -53,7 +53,7 @@ class Gateway:
             *JobRoutes(store, self.hub, registry, settings).routes(),
             *LookRoutes(store, self.hub, settings).routes(),
             Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
-            *ActRoutes(store, settings).routes(),
+            *ActRoutes(store, self.hub.snapshots, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
             *NoticeRoutes(store, settings).routes(),
             *CatalogRoutes(registry).routes(),

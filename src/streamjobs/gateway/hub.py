@@ -38,7 +38,7 @@ class Hub:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
-        self.snapshots = Snapshots(store.log)
+        self.snapshots = Snapshots(store)
         self._channels: dict[str, Channel] = {}
         self._viewers: set[Viewer] = set()
         self._tasks: set[asyncio.Task[Any]] = set()

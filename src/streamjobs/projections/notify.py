@@ -26,6 +26,7 @@ from streamjobs.events import (
     encode_json,
 )
 from streamjobs.faults import fault
+from streamjobs.projections.delivery import Deliverer
 from streamjobs.store import Entry, Page, Store
 from streamjobs.store.keys import delivery_id
 from streamjobs.store.notices import News, Posting
@@ -47,6 +48,10 @@ class NotifyProjection:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._public_url = store.settings.public_url.rstrip("/")
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        await Deliverer(self._store).run()
 
     async def advance(self, job_id: str) -> None:
         """Tell of everything new in a job's log. Raises `StoreUnavailable`, `StoreFull`."""

@@ -42,7 +42,8 @@ _SCHEDULE_ID = re.compile(r"s(0|[1-9]\d{0,3})-[a-z2-7]{26}", re.ASCII)
 
 KEYS: tuple[Key, ...] = (
     _key("job:<job>", "hash", "job", "the job's state, see FIELDS"),
-    _key("job:<job>:events", "stream", "job", "the job's log"),
+    _key("job:<job>:events", "stream", "job", "the job's log, or what of it is not sealed"),
+    _key("job:<job>:sealed", "hash", "job", "segments by last seq; `index`: a line for each; `snap`: a fold"),
     _key("job:<job>:children", "set", "job", "jobs it spawned"),
     _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
     _key("job:<job>:artifacts", "hash", "job", "what it made: name -> content, name/ -> media type"),
@@ -65,6 +66,20 @@ KEYS: tuple[Key, ...] = (
     _key("counts", "hash", "forever", "waiting, held, running for each queue"),
     _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
     _key("feed", "stream", "capped", "notes for projections"),
+    _key(
+        "projections",
+        "hash",
+        "forever",
+        "of each: rebuild asked for, cap seen; what was trimmed; see feed.lua",
+    ),
+    _key("quarantine:<any>", "hash", "capped", "jobs on which a projection failed, and how"),
+    _key("rebuilding:<any>", "string", "ttl", "the projector that rebuilds a projection"),
+    _key("index:<any>", "zset", "live", "an owner's jobs by when they were made"),
+    _key("indexed:<any>", "hash", "live", "what lists show and filter of each, see index.lua"),
+    _key("indexed_counts:<any>", "hash", "live", "how many of them are where; how far they are swept"),
+    _key("indexes", "zset", "live", "owners with jobs in the index, by when they were last swept"),
+    _key("totals:<any>", "hash", "forever", "statistics for each kind and queue, of one generation"),
+    _key("history:<any>", "hash", "ttl", "the same for five minutes or an hour"),
     _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
     _key("rate:<any>", "string", "ttl", "an owner's submissions: when a whole minute's are there again"),
     _key("bucket:<any>", "string", "ttl", "permits of one name: when all are there again"),
@@ -140,6 +155,9 @@ FIELDS: dict[str, str] = {
     "asked": "set if it has a `seen` key",
     "artifacts": "bytes of all its artifacts; set if it has any",
     "told": "id of the last event that its owner's notices and webhooks were told of",
+    "sealed": "id of the last event that is in a segment; those above are in the stream",
+    "snap": "id of the event at which the stored snapshot stands: none, or the same",
+    "stats": "how far its log is counted, see stats.lua",
 }
 """Fields of a job's hash, all optional but the first few."""
 

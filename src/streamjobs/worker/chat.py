@@ -29,6 +29,7 @@ from streamjobs.llm.base import Answer, Message, ModelRequest, Piece, TextPiece
 from streamjobs.retry import Backoff
 from streamjobs.tool import Tool
 from streamjobs.worker.context import Context
+from streamjobs.worker.described import describe
 from streamjobs.worker.toolcall import ToolCall, shown_arguments
 from streamjobs.worker.tools import tool_result_text
 
@@ -106,14 +107,22 @@ class _Conversation:
         outcome = ctx.replay.begin(op)
         self._require_same_chat()
         if ctx.replay.has_outcome(op):
-            await outcome
-            recorded = ctx.history.turns[ctx.turn]
+            recorded = (await outcome).event
+            if isinstance(recorded, ev.TurnFailed):
+                raise ProviderError(recorded.error.message, retryable=recorded.error.retryable)
+            assert isinstance(recorded, ev.TurnCompleted)
             self._take_over(recorded)
             return recorded
         if not is_known:
             await ctx.begin_new()
+        turn = _Turn(ctx, ctx.turn, self._request(), self._provider.stream, self._key)
         with ctx.replay.working():
-            return await _Turn(ctx, ctx.turn, self._request(), self._provider.stream, self._key).run()
+            try:
+                return await turn.run()
+            except ProviderError as error:
+                if self._key:  # else it ends the attempt, and nobody decides anything by it
+                    await ctx.record(op, turn.failed(error))
+                raise
 
     def _require_same_chat(self) -> None:
         """A turn that is recorded for another question is not an answer to this one."""
@@ -188,6 +197,11 @@ class _Turn:
                 await asyncio.sleep(backoff.delay(attempt, at_least=error.retry_after))
                 await self._restart(str(error))
         raise AssertionError("unreachable")
+
+    def failed(self, error: ProviderError) -> ev.TurnFailed:
+        """What the log says where no answer came."""
+        now = self._ctx.clock.now_ms()
+        return ev.TurnFailed(ts=now, turn=self._turn, attempt=self._attempt, error=describe(error))
 
     def _start(self) -> None:
         """Record that the turn starts, or starts again where an earlier run of it had said something."""

@@ -1,7 +1,7 @@
 """Children: jobs that a job submits and may wait for.
 
 Rule 1: a child's id comes from its parent and its key, and it is submitted before `child.spawned` is
-written: a run that died in between submits it again, and finds it.
+written: a run that died in between submits it again, and finds it, or finds that it has ended meanwhile.
 Rule 2: the script that ends a child tells its parent; cancelling a parent cancels its children.
 """
 
@@ -73,16 +73,17 @@ async def spawn(ctx: Context, kind: str, value: object, key: str, options: dict[
         raise Invalid(f"child {kind!r}: its input is not JSON: {error}") from error
     unique = ctx.unique(base)
     child_id = child_job_id(ctx.job_id, unique)
-    is_known = ctx.replay.is_known(("child", child_id))
+    has_ended = ctx.replay.has_outcome(("child", child_id))
     child, op = Child(ctx, child_id, kind), ("spawn", child_id)
     told = ctx.replay.begin(op)
     if ctx.replay.has_outcome(op):
         await told
-    elif not is_known:
+    else:
         await ctx.begin_new()
         with ctx.replay.working():
-            submission = _submission(ctx, kind, encoded, child_id, options)
-            await patiently(lambda: ctx.store.jobs.submit(submission))
+            if not has_ended:
+                submission = _submission(ctx, kind, encoded, child_id, options)
+                await patiently(lambda: ctx.store.jobs.submit(submission))
             fault("after_child_submitted")
             event = ev.ChildSpawned(ts=ctx.clock.now_ms(), job=child_id, key=unique, kind=kind)
             await ctx.record(op, event)

@@ -4,6 +4,9 @@ Rule 1: an operation (step, timer, turn, tool, child, approval) is known by `(ki
 in `begun`, what came of it, and what came from outside, is in `occurrences`, in the order of the log.
 Rule 2: a new attempt of the job starts over: what completed stays, what failed is done again, and nothing
 must come again in the order of the attempt before (`begun` is empty then).
+Rule 3: what belongs to a step or a tool alone (its approval, the pauses between its tries) is forgotten once
+that has an outcome: nobody asks for it again, and its answer must not answer another question. In a new
+attempt an answer stands for its own question.
 
 It is filled entry by entry, so that a long log does not hold up the event loop.
 """
@@ -16,16 +19,21 @@ from typing import NamedTuple
 import msgspec
 
 from streamjobs import events as ev
+from streamjobs.approvals import Decision
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import Event
 from streamjobs.store import Entry
+from streamjobs.worker.questions import Questions
 
 OpKey = tuple[str, str]
 """What names an operation of a workflow: its kind and its key."""
 
-_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.ArtifactCreated
+_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.TurnFailed | ev.ArtifactCreated
 """What a new attempt of the job does again."""
+
+RETRY = "retry:"
+"""How the names of pauses between tries begin."""
 
 _INTERRUPTIONS = {
     "job.lost": "the worker before was lost",
@@ -86,11 +94,14 @@ class History:
         self.tools: dict[str, ToolRecord] = {}
         self.steps: dict[str, StepRecord] = {}
         self.timers: dict[str, ev.TimerSet] = {}
+        self.decisions: dict[str, Decision] = {}
         self.fired: Counter[str] = Counter()
         self.emitted: Counter[str] = Counter()
         self.artifacts: Counter[str] = Counter()
         self.interruption = ""
         self.was_lost = False
+        self._questions = Questions()
+        self._pauses: dict[str, list[str]] = {}
 
     @property
     def submission(self) -> ev.JobQueued:
@@ -123,7 +134,7 @@ class History:
         match event:
             case ev.JobQueued():
                 self.queued = event
-            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted():
+            case ev.TurnStarted() | ev.TurnRestarted() | ev.TurnCompleted() | ev.TurnFailed():
                 self._take_turn(seq, event)
             case ev.ToolCalled() | ev.ToolStarted() | ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
                 self._take_tool(seq, event)
@@ -132,14 +143,17 @@ class History:
             case ev.TimerSet():
                 self._begin(("timer", event.key), seq)
                 self.timers[event.key] = event
+                if event.key.startswith(RETRY):
+                    self._pauses.setdefault(step_of_pause(event.key), []).append(event.key)
             case ev.ChildSpawned():
                 self._begin(("child", event.job), seq)
                 self._occur(seq, ("spawn", event.job), event)
-            case ev.ArtifactCreated():
+            case ev.ArtifactCreated(within=""):
                 self.artifacts[event.name] += 1
                 self._occur(seq, artifact_op(event.name, self.artifacts[event.name]), event)
             case ev.ApprovalRequested():
                 self._begin(("approval", event.key), seq)
+                self._questions.ask(event.key)
             case ev.JobRequeued(why="yield"):
                 self.interruption = "the worker before handed the job back"
                 self.was_lost = False
@@ -152,8 +166,12 @@ class History:
             self._occur(*news)
             if isinstance(event, ev.TimerFired):
                 self.fired[event.key] += 1
+                self._questions.expire(event.key)
+            elif isinstance(event, ev.SignalReceived):
+                self._questions.answer(seq, event)
             return
-        self.emitted[kind] += 1
+        if not getattr(event, "within", ""):  # a step that is done says nothing again
+            self.emitted[kind] += 1
         if kind in _INTERRUPTIONS:
             self.interruption = _INTERRUPTIONS[kind]
             self.was_lost = kind == ev.JobLost.type
@@ -175,7 +193,10 @@ class History:
         self.artifacts.clear()  # what it makes this time may be another thing
         failed = {one.op for one in self.occurrences if isinstance(one.event, _DONE_AGAIN)}
         again = failed - self._chat_calls()
-        self.occurrences = [one for one in self.occurrences if one.op not in again]
+        answers = self._questions.start_over()
+        self.decisions |= {key: answer.decision for key, answer in answers.items()}
+        read = {answer.seq for answer in answers.values()}
+        self.occurrences = [one for one in self.occurrences if one.op not in again and one.seq not in read]
         self.outcomes -= again
         for kind, key in again:
             if kind == "step":
@@ -183,11 +204,30 @@ class History:
             elif kind == "tool":
                 self.tools.pop(key, None)
 
+    def _settle(self, key: str) -> None:
+        """A step or a tool has its outcome: forget what only it had asked for."""
+        inner: set[OpKey] = {("timer", pause) for pause in self._pauses.pop(key, ())}
+        answers: set[int] = set()
+        for question in (key, f"{key}:again"):
+            inner.add(("approval", question))
+            answer = self._questions.settle(question)
+            if answer is not None:
+                answers.add(answer)
+        for op in inner:
+            self.begun.pop(op, None)
+        if answers or len(inner) > 2:
+            self.outcomes -= inner
+            self.occurrences = [
+                one for one in self.occurrences if one.op not in inner and one.seq not in answers
+            ]
+
     def _chat_calls(self) -> set[OpKey]:
         """Calls that a model asked for: what it was told of them stands."""
         return {("tool", call.call_id) for turn in self.turns.values() for call in turn.calls}
 
-    def _take_turn(self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted) -> None:
+    def _take_turn(
+        self, seq: int, event: ev.TurnStarted | ev.TurnRestarted | ev.TurnCompleted | ev.TurnFailed
+    ) -> None:
         op = ("turn", str(event.turn))
         match event:
             case ev.TurnStarted():
@@ -199,6 +239,8 @@ class History:
             case ev.TurnCompleted():
                 self.open_turns.pop(event.turn, None)
                 self.turns[event.turn] = event
+                self._occur(seq, op, event)
+            case ev.TurnFailed():  # it stays open: a new attempt says that it begins again
                 self._occur(seq, op, event)
 
     def _take_tool(
@@ -217,6 +259,7 @@ class History:
                 record.starts, record.effect = event.attempt, event.effect
             case ev.ToolCompleted() | ev.ToolFailed() | ev.ToolUnknown():
                 record.outcome = event
+                self._settle(event.call_id)
                 self._occur(seq, op, event)
 
     def _take_step(
@@ -230,7 +273,22 @@ class History:
             case ev.StepFailed(will_retry=True):
                 record.failed_attempt = event.attempt
             case _:
+                self._settle(event.key)
                 self._occur(seq, op, event)
+
+
+def pause_key(step: str, failed_attempt: int, job_attempt: int) -> str:
+    """What the pause behind a step's failed attempt is called.
+
+    A new attempt of the job begins to count again, and waits again.
+    """
+    again = f"@{job_attempt}" if job_attempt > 1 else ""
+    return f"{RETRY}{step}:{failed_attempt}{again}"
+
+
+def step_of_pause(key: str) -> str:
+    """The step whose pause it is."""
+    return key.removeprefix(RETRY).rpartition(":")[0]
 
 
 def artifact_op(name: str, number: int) -> OpKey:

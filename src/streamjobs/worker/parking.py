@@ -98,16 +98,18 @@ class Parking:
             self._loop.call_soon(self._look, replay, activity, turns - 1)
             return
         self.is_deciding = True
-        self._task = self._loop.create_task(self._park(replay), name="park")
+        self._task = self._loop.create_task(self._park(replay, activity), name="park")
 
-    async def _park(self, replay: Replay) -> None:
+    async def _park(self, replay: Replay, activity: int) -> None:
         replay.hold()
         try:
-            fault("before_park")
-            answer = await self._ask(replay)
-            if answer.verdict != "inbox":
-                fault("after_park")
-                self._parked = self._outcome_of(replay)
+            # what is told, or read, from here on is behind what the store is asked
+            if replay.is_idle and replay.activity == activity and not replay.is_replaying:
+                fault("before_park")
+                answer = await self._ask(replay)
+                if answer.verdict != "inbox":
+                    fault("after_park")
+                    self._parked = self._outcome_of(replay)
         except (Fenced, LimitExceeded):
             pass  # the journal has told the execution, or will fail what is handed in next
         finally:

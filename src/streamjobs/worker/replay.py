@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from streamjobs import events as ev
@@ -26,6 +26,9 @@ from streamjobs.worker.history import History, Occurrence, OpKey
 
 _HOPS = 3
 """Turns of the event loop between two occurrences: what wakes up may ask for more before the next one."""
+_TURNS = 50
+"""Turns that nothing may move in before code counts as changed: time alone proves nothing where the loop
+stood still."""
 
 
 class Wait(NamedTuple):
@@ -74,6 +77,8 @@ class Replay:
         self._is_telling = False
         self._held = 0
         self._moved = asyncio.Event()
+        self._watch: asyncio.TimerHandle | None = None
+        self._changed: WorkflowChanged | None = None
         self._next_wait = 0
         self._closed: BaseException | None = None
         if self._ahead:
@@ -104,6 +109,8 @@ class Replay:
                 _fail(future, self._closed)
             elif op in self._told:
                 future.set_result(self._told[op])
+            elif self._changed is not None and op in self._outcomes:
+                _fail(future, self._changed)
         if op not in self._asked:
             self._asked.add(op)
             self._touch()
@@ -114,25 +121,18 @@ class Replay:
 
         Raises `WorkflowChanged` where the log holds what this run does not ask for.
         """
-        while self._held or self._ahead or self._missing() is not None:
+        while self._held or self.is_replaying:
+            if self._changed is not None:
+                raise self._changed
+            self._watch_for_standstill()
             self._moved.clear()
-            try:
-                async with asyncio.timeout(self._timeout):
-                    await self._moved.wait()
-            except TimeoutError:
-                if not self._held:
-                    self.require_complete()
-                    self._tell_all()
+            await self._moved.wait()
 
     def require_complete(self) -> None:
         """Raise `WorkflowChanged` unless everything recorded was asked for again."""
         missing = self._missing()
         if missing is not None:
-            kind, key = missing
-            raise WorkflowChanged(
-                f"the log holds {kind} {key!r}, which the workflow's code does not ask for any more: "
-                "it was changed while this job lived"
-            )
+            raise _change(missing)
 
     def _missing(self) -> OpKey | None:
         """The first operation with an outcome that was not asked for again, if any."""
@@ -185,6 +185,8 @@ class Replay:
             return
         if self._held or not self._ahead or not self._may_tell(self._ahead[0]):
             self._is_telling = False
+            if self._ahead:
+                self._watch_for_standstill()
             return
         occurrence = heapq.heappop(self._ahead)
         self._queued.discard(occurrence.seq)
@@ -197,10 +199,34 @@ class Replay:
             self._expected.popleft()
         return not self._expected or self._expected[0][0] > occurrence.seq
 
-    def _tell_all(self) -> None:
-        """Something that began and has no outcome is not asked for again: it held up what came after it."""
-        self._expected.clear()
-        self._touch()
+    # --- standing still
+
+    def _watch_for_standstill(self) -> None:
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._timeout, self._look, self.activity)
+
+    def _look(self, activity: int, turns: int = _TURNS) -> None:
+        """Nothing was asked for, or told, for a while: what the log holds is not what the code does."""
+        self._watch = None
+        if self._closed is not None or not (self._held or self.is_replaying):
+            return
+        if self._held or activity != self.activity:
+            self._watch_for_standstill()
+        elif turns:
+            self._loop.call_soon(self._look, activity, turns - 1)
+        else:
+            self._stand_still()
+
+    def _stand_still(self) -> None:
+        missing = self._missing()
+        if missing is not None:
+            self._changed = _change(missing)
+            known = [future for op, future in self._futures.items() if op in self._outcomes]
+            self._fail_all(known, self._changed)
+            self._moved.set()
+        else:  # something that began and has no outcome is not asked for again: it held up what came after
+            self._expected.clear()
+            self._touch()
 
     def _tell(self, occurrence: Occurrence) -> None:
         self.activity += 1
@@ -306,8 +332,13 @@ class Replay:
     def close(self, error: BaseException) -> None:
         """The run is over: whoever still asks, or waits, gets `error`."""
         self._closed = error
+        if self._watch is not None:
+            self._watch.cancel()
+        self._fail_all(self._futures.values(), error)
+
+    def _fail_all(self, futures: Iterable[asyncio.Future[Any]], error: BaseException) -> None:
         readers = [reader for queue in self._readers.values() for reader in queue]
-        for future in (*self._futures.values(), *readers, *self.approvals.values()):
+        for future in (*futures, *readers, *self.approvals.values()):
             _fail(future, error)
 
 
@@ -327,6 +358,14 @@ class Working:
         self._replay.active -= 1
         self._replay.activity += 1
         self._replay.nudge()
+
+
+def _change(missing: OpKey) -> WorkflowChanged:
+    kind, key = missing
+    return WorkflowChanged(
+        f"the log holds {kind} {key!r}, which the workflow's code does not ask for any more: "
+        "it was changed while this job lived"
+    )
 
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:

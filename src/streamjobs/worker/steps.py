@@ -8,6 +8,7 @@ Rule 3: what the code gets is what the log holds, in the first run as in a repla
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import re
@@ -36,6 +37,7 @@ from streamjobs.retry import Retry
 from streamjobs.tool import Effect
 from streamjobs.worker.calls import Raised, Returned, TimedOut, call
 from streamjobs.worker.described import describe
+from streamjobs.worker.history import pause_key
 from streamjobs.worker.values import UNENCODABLE, decode_as, encode_clean, returned_type, seen_again
 from streamjobs.worker.waits import approve, pause
 
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 
 ONCE = Retry(attempts=1)
 """The policy of steps that name none: the job's own attempts try them again."""
+
+WITHIN: contextvars.ContextVar[str] = contextvars.ContextVar("step", default="")
+"""The step whose function runs, in its task and its threads."""
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._:@#=-]")
 _UNKNOWN = "the step was started and its outcome was never recorded: it may or may not have taken effect"
@@ -84,10 +89,11 @@ class Step:
         outcome = replay.begin(self._op)
         if replay.has_outcome(self._op):
             return await self._told((await outcome).event)
+        was_asked = replay.is_known(("approval", self._key))
+        if was_asked or (self._approval and not self._ctx.history.step(self._key).attempt):
+            await self._ask()
         if not is_known:
             await self._ctx.begin_new()
-        if self._approval and not self._ctx.history.step(self._key).attempt:
-            await self._ask()
         return await self._attempts()
 
     async def _told(self, event: Event) -> Any:
@@ -177,6 +183,13 @@ class Step:
         fault("after_step_started")
 
     async def _call(self) -> Returned | Raised | TimedOut:
+        token = WITHIN.set(self._key)
+        try:
+            return await self._called()
+        finally:
+            WITHIN.reset(token)
+
+    async def _called(self) -> Returned | Raised | TimedOut:
         function = functools.partial(self._function, *self._arguments)
         is_async = inspect.iscoroutinefunction(self._function)
         if not is_async or self._timeout is not None:
@@ -274,7 +287,7 @@ class Step:
                 await pause(self._ctx, key, 0.0)
 
     def _pause_key(self, attempt: int) -> str:
-        return f"retry:{self._key}:{attempt}"
+        return pause_key(self._key, attempt, self._ctx.attempt)
 
 
 class _Output(msgspec.Struct):

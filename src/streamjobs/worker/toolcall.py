@@ -83,14 +83,16 @@ class ToolCall:
             return self._failed(
                 ErrorInfo("unknown_tool", f"there is no tool {clean_text(self._call.tool)!r}")
             )
-        if self._record.starts and "once" in {self._tool.effect, self._record.effect}:
-            recovered = await self._recover(self._tool)
-            if recovered is not None:
-                return recovered
-        elif self._tool.approval:
+        is_open = self._record.starts > 0 and "once" in {self._tool.effect, self._record.effect}
+        was_asked = self._ctx.replay.is_known(("approval", self._call.call_id))
+        if was_asked or (self._tool.approval and not is_open):
             denied = await self._approve(self._tool, "tool", self._tool.approval, self._call.call_id)
             if denied is not None:
                 return self._failed(denied)
+        if is_open:
+            recovered = await self._recover(self._tool)
+            if recovered is not None:
+                return recovered
         await self._admission(self._tool)
         return await self._run(self._tool)
 

@@ -19,6 +19,7 @@ from streamjobs.errors import WaitTimeout
 from streamjobs.events import Json
 from streamjobs.faults import fault
 from streamjobs.worker.history import Occurrence, OpKey
+from streamjobs.worker.questions import TIMEOUT as APPROVAL_TIMEOUT
 from streamjobs.worker.replay import Wait
 
 if TYPE_CHECKING:
@@ -113,7 +114,13 @@ async def approve(
     detail: Json = None,
     timeout: float | None = None,
 ) -> Decision:
-    """Ask a person, and wait for the answer. Raises `WaitTimeout`."""
+    """Ask a person, and wait for the answer; one of an earlier attempt of the job stands.
+
+    Raises `WaitTimeout`.
+    """
+    decided = ctx.history.decisions.get(key)
+    if decided is not None:
+        return decided
     op = ("approval", key)
     is_known = ctx.replay.is_known(op)
     ctx.replay.begin(op)
@@ -131,7 +138,7 @@ async def approve(
         )
         fault("after_approval_requested")
     decision = ctx.replay.ask_for_decision(key)
-    reason = f"approval:{key}"
+    reason = f"{APPROVAL_TIMEOUT}{key}"
     if timeout is None:
         return (await ctx.replay.wait(Wait(reason), decision)).decision
     timer, wait = await begin_timer(ctx, reason, timeout)

@@ -335,16 +335,33 @@ class Worker:
 
     async def _hear_of_inboxes(self) -> None:
         """Hints only make hearing faster: each append and renewal carries the same."""
-        asked: set[asyncio.Task[None]] = set()
+        heard: set[str] = set()
+        is_heard = asyncio.Event()
 
         def hear(job_id: str) -> None:
-            for key in [key for key in self._executions if key[0] == job_id]:
-                task = asyncio.create_task(self._ask(key))
-                asked.add(task)
-                task.add_done_callback(asked.discard)
+            heard.add(job_id)
+            is_heard.set()
 
         await self._store.live.on_inbox(self._store.partitions, hear)
-        await asyncio.get_running_loop().create_future()
+        while True:
+            await is_heard.wait()
+            is_heard.clear()
+            keys = [key for key in self._executions if key[0] in heard]
+            heard.clear()
+            await self._ask(keys)
+
+    async def _ask(self, keys: Sequence[LeaseKey]) -> None:
+        """Renew leases of jobs that something came in for.
+
+        The answer says what. A storm of hints is one call.
+        """
+        by_partition: dict[int, list[LeaseKey]] = {}
+        for key in keys:
+            by_partition.setdefault(partition_of_job(key[0]), []).append(key)
+        for partition, some in by_partition.items():
+            with contextlib.suppress(StreamjobsError):
+                now_ms, renewals = await self._store.work.renew(partition, some)
+                self._on_renewals(now_ms, list(zip(some, renewals, strict=True)))
 
     def _is_struck(self, tool: str) -> bool:
         return tool in self._struck
@@ -356,11 +373,6 @@ class Worker:
                 strikes = await self._store.strikes.all()
                 self._struck = frozenset(strike.name for strike in strikes if strike.scope == "tool")
             await asyncio.sleep(jitter(self._settings.sweep_interval))
-
-    async def _ask(self, key: LeaseKey) -> None:
-        with contextlib.suppress(StreamjobsError):
-            now_ms, renewals = await self._store.work.renew(partition_of_job(key[0]), [key])
-            self._on_renewals(now_ms, [(key, renewals[0])])
 
     async def _beat(self) -> None:
         while True:

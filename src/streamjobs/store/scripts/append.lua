@@ -31,8 +31,8 @@ local function asked(job) return job.h.cancel and 'cancel' or job.h.pause and 'p
 
 local function fingerprint(row) return row.epoch .. ':' .. #row.events .. ':' .. row.size end
 
--- The terminal event, alone and last, where the outcome says so and nowhere else; a sleeper has a timer
-local function misplaced(job, row)
+-- The terminal event, alone and last, where the outcome says so and nowhere else
+local function misplaced(row)
   local expected = (row.outcome == 'completed' or row.outcome == 'failed') and row.outcome or nil
   for i, event in ipairs(row.events) do
     local ends = TERMINAL[event[1]]
@@ -40,7 +40,6 @@ local function misplaced(job, row)
   end
   if expected and (#row.events == 0 or TERMINAL[row.events[#row.events][1]] ~= expected) then return 'no terminal event' end
   if not (expected or row.outcome == 'keep' or row.outcome == 'cancelled' or PARKS[row.outcome]) then return 'no such outcome' end
-  if row.outcome == 'sleep' and not next(timers_after(job, row.timers)) then return 'sleep without a timer' end
 end
 
 -- Terminal events are exempt: a job over its budget can still end
@@ -68,10 +67,12 @@ local function refusal(job, row)
   local expected = number(job, 'batch') + 1
   if row.batch > expected then return { 'gap', expected } end
   if row.batch < expected then return { 'conflict' } end
-  local why = misplaced(job, row)
+  local why = misplaced(row)
   if why then return { 'bad', why } end
   if PARKS[row.outcome] and row.seen ~= number(job, 'inbox') then return { 'inbox', number(job, 'inbox'), asked(job) } end
   if job.h.cancel and starts_tool(row) then return { 'inbox', number(job, 'inbox'), 'cancel' } end
+  -- behind the inbox: a timer that fired meanwhile is news, no fault
+  if row.outcome == 'sleep' and not next(timers_after(job, row.timers)) then return { 'bad', 'sleep without a timer' } end
   local which = over_budget(job, row)
   if which then return { 'limit', which } end
 end
