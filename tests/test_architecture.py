@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 LAYERS = [
     {"errors"},
     {"cursor", "events", "faults", "cron", "bounded"},
-    {"approvals", "segments"},
+    {"approvals", "segments", "retention"},
     {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing"},
     {"logs"},
     {"store", "llm"},

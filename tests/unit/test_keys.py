@@ -53,6 +53,7 @@ NAMES = {
     "sj:{0}:indexes": ("zset", "live"),
     "sj:{0}:totals:1": ("hash", "forever"),
     "sj:{0}:history:1:fine:1760000000000": ("hash", "ttl"),
+    "sj:{0}:ended": ("zset", "live"),
     "sj:{0}:notices:anna": ("stream", "ttl"),
     "sj:{0}:unread:anna": ("zset", "ttl"),
     "sj:{0}:webhooks:anna": ("hash", "live"),

@@ -50,6 +50,7 @@ for command in (
     submit, watch, status, cancel,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,
+    control.delete,
     operate.queues, operate.workers, operate.dead, operate.strike, operate.unstrike, operate.strikes,
 ):  # fmt: skip
     cli.add_command(command)

@@ -223,6 +223,10 @@ class Client:
         """Say no to the approval of that `request` key, or to the oldest that waits."""
         return await self.signal(job_id, "deny", {"comment": comment, "key": request}, key=key)
 
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job, and everything of it, now."""
+        await self._call("DELETE", _path(job_id))
+
     # --- operate
 
     async def workers(self) -> list[dict[str, Any]]:

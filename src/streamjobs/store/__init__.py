@@ -22,6 +22,7 @@ from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.notices import News, Notice, Notices, Posting
 from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
+from streamjobs.store.retention import Retention
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
 from streamjobs.store.snapshots import Sealed, Snapshots, Stored
@@ -69,6 +70,7 @@ __all__ = [
     "Queues",
     "Receipt",
     "Renewal",
+    "Retention",
     "ScheduleRecord",
     "Schedules",
     "Sealed",
@@ -118,6 +120,7 @@ class Store:
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
         self.ticks = Ticks(self.schedules, self.jobs)
+        self.retention = Retention(client, scripts, plain=plain)
         self.notices = Notices(client, scripts, settings)
         self.webhooks = Webhooks(client, scripts, settings)
         self.deliveries = Deliveries(client, scripts, settings)

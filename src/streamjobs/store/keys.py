@@ -89,6 +89,7 @@ KEYS: tuple[Key, ...] = (
     _key("schedule:<schedule>", "hash", "live", "a schedule until it is deleted, see SCHEDULE_FIELDS"),
     _key("schedules", "zset", "live", "schedules that are not paused, by the tick they wait for"),
     _key("owner:<any>:schedules", "zset", "live", "all of an owner's schedules, by when they were made"),
+    _key("ended", "zset", "live", "ended jobs whose retention is set, by when they expire"),
     _key("notices:<any>", "stream", "ttl", "what an owner is told of jobs"),
     _key("unread:<any>", "zset", "ttl", "the notices that an owner has not read, by instant"),
     _key("webhooks:<any>", "hash", "live", "an owner's webhooks: definition, secret, why disabled"),

@@ -125,6 +125,7 @@ class Scripts:
     PERMIT: ClassVar = Script("permit", "allow-oom")
     STRIKE: ClassVar = Script("strike", "allow-oom")
     RERUN: ClassVar = Script("rerun")
+    RETAIN: ClassVar = Script("retain", "allow-oom")
     NOTIFY: ClassVar = Script("notify")
     WEBHOOK: ClassVar = Script("webhook")
     DELIVER: ClassVar = Script("deliver", "allow-oom")
