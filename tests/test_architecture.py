@@ -16,8 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 LAYERS = [
     {"errors"},
     {"cursor", "events", "faults", "cron", "bounded"},
-    {"approvals", "segments"},
-    {"job", "effects", "retry", "config", "metrics", "schedule"},
+    {"approvals", "segments", "retention"},
+    {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing"},
     {"logs"},
     {"store", "llm"},
     {"inputs"},

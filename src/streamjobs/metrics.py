@@ -37,6 +37,14 @@ TOOL_CALLS = Counter("streamjobs_tool_calls", "Tool calls", ["outcome"], registr
 STEPS = Counter("streamjobs_steps", "Attempts of steps", ["outcome"], registry=REGISTRY)
 SWEPT = Counter("streamjobs_swept", "What sweeps did to jobs", ["what"], registry=REGISTRY)
 
+# --- webhooks
+
+DELIVERIES = Counter(
+    "streamjobs_deliveries",
+    "Tries of deliveries to webhooks: done, retry, dead, gone, late",
+    ["outcome"],
+    registry=REGISTRY,
+)
 # --- projector
 
 PROJECTED = Counter(

@@ -53,6 +53,13 @@ NAMES = {
     "sj:{0}:schedule:s0-abcdefghijklmnopqrstuvwxy2": ("hash", "live"),
     "sj:{0}:schedules": ("zset", "live"),
     "sj:{0}:owner:anna:schedules": ("zset", "live"),
+    "sj:{0}:ended": ("zset", "live"),
+    "sj:{0}:notices:anna": ("stream", "ttl"),
+    "sj:{0}:unread:anna": ("zset", "ttl"),
+    "sj:{0}:webhooks:anna": ("hash", "live"),
+    "sj:{0}:deliveries": ("zset", "live"),
+    "sj:{0}:delivery:msg_abc": ("hash", "ttl"),
+    "sj:{0}:undelivered:wh_abc": ("zset", "ttl"),
 }
 
 

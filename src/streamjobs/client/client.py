@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 from streamjobs.client.handle import ENDED, Handle
+from streamjobs.client.notices import NotificationsClient, WebhooksClient
 from streamjobs.client.schedules import SchedulesClient
 from streamjobs.cursor import Cursor, parse_cursor
 from streamjobs.errors import Invalid, InvalidCursor, StreamjobsError
@@ -84,6 +85,8 @@ class Client:
             raise GatewayUnreachable(f"not an address: {base_url} ({error})") from error
         self._patience = patience
         self.schedules = SchedulesClient(self._call)
+        self.notifications = NotificationsClient(self._call)
+        self.webhooks = WebhooksClient(self._call)
 
     async def __aenter__(self) -> Self:
         return self
@@ -219,6 +222,10 @@ class Client:
     async def deny(self, job_id: str, comment: str = "", *, request: str = "", key: str = "") -> bool:
         """Say no to the approval of that `request` key, or to the oldest that waits."""
         return await self.signal(job_id, "deny", {"comment": comment, "key": request}, key=key)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job, and everything of it, now."""
+        await self._call("DELETE", _path(job_id))
 
     # --- operate
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 KNOWN: dict[str, str] = {
     "index": "IndexProjection",
+    "notify": "NotifyProjection",
+    "retention": "RetentionProjection",
     "snapshot": "SnapshotProjection",
     "stats": "StatsProjection",
 }

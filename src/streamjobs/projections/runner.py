@@ -43,7 +43,7 @@ _PATIENCE = Backoff(base=0.1, cap=5.0)
 
 
 class Projection(Protocol):
-    """What the runner runs. It may be `Sweeping` and `Resettable` too."""
+    """What the runner runs. It may be `Sweeping`, `Resettable` and `Looping` too."""
 
     name: str
 
@@ -71,6 +71,15 @@ class Resettable(Protocol):
 
     async def reset(self, partition: int) -> None:
         """Forget everything; every job is advanced afterwards."""
+        ...
+
+
+@runtime_checkable
+class Looping(Protocol):
+    """A projection with a loop of its own, beside its notes."""
+
+    async def run(self) -> None:
+        """Run until cancelled."""
         ...
 
 
@@ -105,6 +114,7 @@ class Runner:
             ("listen", self._listen()),
             ("keep", self._repeat(self.keep)),
             ("rebuild", self._repeat(self.rebuild)),
+            *((one.name, one.run()) for one in self._projections.values() if isinstance(one, Looping)),
         )]  # fmt: skip
         following = [
             asyncio.create_task(self._follow(*place), name=f"follow {place}") for place in self._places
