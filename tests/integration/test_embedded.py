@@ -169,6 +169,7 @@ async def use_the_projections(store: Store, failed: str) -> None:
     assert await store.client.xlen("sj:{0}:feed") == 0
     assert {info.name: (info.notes, info.rebuild) for info in await store.feed.all()} == {
         "index": (0, ""),
+        "snapshot": (0, ""),
         "stats": (0, ""),
     }
 
