@@ -18,6 +18,7 @@ from streamjobs.store.stats import Totals
 from tests.harness import ROOT, environment
 
 NAMES = ("index", "stats")
+"""Those that these tests are about; what a projector process runs is the setting."""
 
 
 class Floor:

@@ -30,8 +30,8 @@ from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = [
     "approve", "cancel", "dead", "demo", "deny", "dev", "doctor", "effects", "list", "log", "pause",
-    "provider", "queues", "rerun", "result", "resume", "schedules", "serve", "signal", "status", "strike",
-    "strikes", "submit", "unstrike", "watch", "worker", "workers",
+    "projections", "projector", "provider", "queues", "rerun", "result", "resume", "schedules", "serve",
+    "signal", "stats", "status", "strike", "strikes", "submit", "unstrike", "watch", "worker", "workers",
 ]  # fmt: skip
 HEAVY = [
     "starlette",

@@ -8,14 +8,19 @@ import click
 
 from streamjobs.cli.control import since_when
 from streamjobs.cli.options import ask, gateway_options, json_option
-from streamjobs.cli.output import duration, print_json, print_table, when
+from streamjobs.cli.output import duration, in_line, print_json, print_table, when
 
 _QUANTILES = (0.5, 0.95)
 
 
 @click.group()
 def projections() -> None:
-    """Look after what is folded from the logs: lists, statistics."""
+    """Look after what is folded from the logs: lists, statistics.
+
+    \b
+    streamjobs projections list
+    streamjobs projections rebuild index
+    """
 
 
 @projections.command("list")
@@ -37,7 +42,8 @@ def list_projections(as_json: bool, url: str, owner: str) -> None:
     print_table(("PROJECTION", "BEHIND", "AGE", "PROJECTORS", "QUARANTINED", "REBUILD"), rows, "none")
     for one in found:
         for error in one["errors"]:
-            click.echo(f"{one['name']}  {error['job']} at {error['seq']}: {error['error']}", err=True)
+            what = in_line(error["error"])
+            click.echo(f"{one['name']}  {error['job']} at {error['seq']}: {what}", err=True)
 
 
 @projections.command()

@@ -219,15 +219,18 @@ class Runner:
 
     async def keep(self) -> None:
         """Claim what dead projectors left and remove them, sweep, trim the feeds, and say how far we are."""
+        for partition in self._store.partitions:
+            await self._store.feed.trim(partition)
+            for lag in await self._store.feed.lag(partition):
+                if lag.name in self._projections and lag.pending:
+                    await self._claim(lag.name, partition)
+                if lag.name in self._projections and lag.consumers > 1:
+                    await self._store.feed.reap(partition, lag.name, self.consumer, _REAP_AFTER)
         for name, partition in self._places:
-            await self._claim(name, partition)
-            await self._store.feed.reap(partition, name, self.consumer, _REAP_AFTER)
             projection = self._projections[name]
             if isinstance(projection, Sweeping):
                 await projection.sweep(partition)
-        for partition in self._store.partitions:
-            await self._store.feed.trim(partition)
-        await report_lag(self._store)
+        await self._store.feed.report()
 
     async def _claim(self, name: str, partition: int) -> None:
         """The position is kept: from the start each time, a busy front would hide what is behind it."""
@@ -271,14 +274,6 @@ class Runner:
                 log.warning("projector.failed", error=str(error), failures=failures)
                 delay += _PATIENCE.delay(failures)
             await asyncio.sleep(delay)
-
-
-async def report_lag(store: Store) -> None:
-    """Set the metrics that say how far projections are behind."""
-    for info in await store.feed.all():
-        metrics.PROJECTION_LAG.labels(info.name).set(info.notes)
-        metrics.PROJECTION_LAG_SECONDS.labels(info.name).set(info.seconds)
-        metrics.PROJECTION_QUARANTINE.labels(info.name).set(info.quarantined)
 
 
 async def _all_or_first_error(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
+from streamjobs import metrics
 from streamjobs.config import Settings
 from streamjobs.errors import StoreFull
 from streamjobs.events import clean_text
@@ -140,13 +141,23 @@ class Feed:
             )
         ]
 
+    async def report(self) -> None:
+        """Set the metrics that say how far projections are."""
+        for info in (await self._infos()).values():
+            metrics.PROJECTION_LAG.labels(info.name).set(info.notes)
+            metrics.PROJECTION_LAG_SECONDS.labels(info.name).set(info.seconds)
+            metrics.PROJECTION_QUARANTINE.labels(info.name).set(info.quarantined)
+
     async def all(self) -> list[ProjectionInfo]:
         """Every projection that is configured or has ever run, over all partitions."""
+        return [await self._with_errors(one) for one in (await self._infos()).values()]
+
+    async def _infos(self) -> dict[str, ProjectionInfo]:
         found = {name: ProjectionInfo(name) for name in self._settings.projections}
         for partition in range(self._settings.partitions):
             for lag in await self.lag(partition):
                 found[lag.name] = _added(found.get(lag.name, ProjectionInfo(lag.name)), lag)
-        return [await self._with_errors(one) for one in found.values()]
+        return found
 
     async def _with_errors(self, info: ProjectionInfo) -> ProjectionInfo:
         if not info.quarantined:

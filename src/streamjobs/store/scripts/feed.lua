@@ -63,7 +63,8 @@ local function ask(why)
   redis.call('HSET', KNOWN, 'rebuild:' .. NAME, why .. ' ' .. NOW_TEXT)
 end
 
--- What the cap took since this group last looked. Its count of what it has read is put right, else its lag is wrong.
+-- What the cap took since this group last looked. Its count of what it has read is put right: Redis 7 takes its lag
+-- from that.
 local function look_for_holes(group)
   local stream = fields_of(redis.call('XINFO', 'STREAM', FEED))
   local gone = tonumber(stream['entries-added'] or 0) - tonumber(stream.length or 0)
