@@ -59,9 +59,12 @@ async def test_a_view_that_is_compressed_says_the_same_and_so_does_what_follows(
     async with served.client.stream("GET", url, headers={"accept-encoding": "br, zstd"}) as coded:
         assert coded.headers["content-encoding"] == "zstd"
         assert coded.headers["vary"] == "accept-encoding"
+        parts, text = coded.aiter_text(), ""
+        while not text.endswith("\n\n"):
+            text += await anext(parts)
         await script.say("more")
         await script.complete()
-        text = "".join([part async for part in coded.aiter_text()])
+        text += "".join([part async for part in parts])
     assert text.endswith("\n\n")
     assert text.count("event: snapshot\n") == text.count("event: job.completed\n") == 1
 
@@ -92,9 +95,9 @@ async def test_many_who_join_at_once_read_the_job_once(served: Served):
     """A link to a long answer that is sent to a thousand people would bring Redis down."""
     script = await spoken(served, 30)
     before = await calls(served)
-    frames = await asyncio.gather(*(first_frame(served.stream(script.id)) for _ in range(30)))
+    frames = await asyncio.gather(*(first_frame(served.stream(script.id)) for _ in range(80)))
     assert {frame.row for frame in frames} == {frames[0].row}
-    assert await calls(served) - before <= 15
+    assert await calls(served) - before < 60, "with those inside of scripts, and of loops that always run"
 
 
 async def first_frame(stream: Stream) -> Frame:

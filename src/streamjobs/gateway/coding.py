@@ -1,7 +1,8 @@
 """How a stream's bytes are coded: plain, or as zstd in which a view is compressed once for all its viewers.
 
-Rule 1: a coded stream is one zstd frame. A view goes into it as compressed blocks that all viewers share,
-everything else as it is, in raw blocks: three bytes more, no work and no memory for each viewer.
+Rule 1: a coded stream is one zstd frame. Its first view goes into it as compressed blocks that all viewers
+share, everything else as it is, in raw blocks: three bytes more, no work and no memory for each viewer.
+Only the first: compressed blocks go on from what the ones before them left to the decoder (repeat offsets).
 Rule 2: every piece ends a block, so a client sees it at once.
 Rule 3: no piece is copied that is large, and none is given to a connection in one go that is larger than
 `CHUNK_BYTES`: what waits for a slow socket is that much for each viewer, not a view.
@@ -45,7 +46,7 @@ class Shared:
 
     @cached_property
     def blocks(self) -> bytes:
-        """As compressed blocks that may stand anywhere in a frame: they refer to nothing before them."""
+        """As compressed blocks, for a frame in which only raw ones are before them."""
         compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS).compressobj()
         frame = compressor.compress(self.plain) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         if frame and not frame.startswith(_BEGIN):
@@ -83,18 +84,26 @@ class Plain:
 class Zstd:
     """One zstd frame."""
 
-    __slots__ = ("_has_begun",)
+    __slots__ = ("_has_begun", "_has_compressed")
 
     def __init__(self) -> None:
-        self._has_begun = False
+        self._has_begun = self._has_compressed = False
 
     def portions(self, pieces: Sequence[Piece]) -> Iterator[Bytes]:
         """The pieces as they are given to the connection, one after another."""
-        return _portions([self._begin(), *(part for piece in pieces for part in _blocks(piece))])
+        return _portions([self._begin(), *(part for piece in pieces for part in self._blocks(piece))])
 
     def end(self) -> bytes:
         """What ends the stream."""
         return self._begin() + _END
+
+    def _blocks(self, piece: Piece) -> Iterator[bytes]:
+        if isinstance(piece, bytes):
+            return _raw_blocks(piece)
+        if self._has_compressed:
+            return _raw_blocks(piece.plain)
+        self._has_compressed = True
+        return iter((piece.blocks,))
 
     def _begin(self) -> bytes:
         begin = b"" if self._has_begun else _BEGIN
@@ -102,12 +111,9 @@ class Zstd:
         return begin
 
 
-def _blocks(piece: Piece) -> Iterator[bytes]:
-    if isinstance(piece, Shared):
-        yield piece.blocks
-        return
-    for start in range(0, len(piece), _BLOCK):
-        content = piece[start : start + _BLOCK]
+def _raw_blocks(plain: bytes) -> Iterator[bytes]:
+    for start in range(0, len(plain), _BLOCK):
+        content = plain[start : start + _BLOCK]
         yield (len(content) << 3).to_bytes(3, "little")
         yield content
 
