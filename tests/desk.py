@@ -191,7 +191,8 @@ class Desk:
         raise AssertionError(f"it never ends: {self.types[-12:]}")
 
     def _let_something_happen(self, answers: dict[str, Any]) -> None:
-        reason = self.of("job.waiting")[-1]["for"] if self.status in {"waiting", "scheduled"} else ""
+        waits = self.of("job.waiting") if self.status in {"waiting", "scheduled"} else []
+        reason = waits[-1]["for"] if waits else ""
         kind, _, name = reason.partition(":")
         if self.status == "queued":
             return
