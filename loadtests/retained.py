@@ -208,7 +208,7 @@ def section(options: argparse.Namespace, run: Run | None, why: str) -> Section:
     """Lay out the section; without numbers it is the reason."""
     return Section(
         title=f"Retained: finished chats of {options.retained_tokens:,} tokens",
-        intro=f"{options.retained_jobs:,} chats in waves of {WAVE}: each is its deltas, then its whole text "
+        intro=f"{options.retained_jobs:,} chats in waves of {WAVE}. Each is its deltas, then its text whole, "
         "once in `turn.completed` and once as the result. Bytes are what Redis uses more than before, but "
         "for clients' buffers; of plain streams and kinds of keys, what MEMORY USAGE says. Compressed is "
         "zstd, level 6, each text by itself. Events are written while the projector is frozen; it is timed from "
