@@ -211,8 +211,8 @@ def section(options: argparse.Namespace, run: Run | None, why: str) -> Section:
         intro=f"{options.retained_jobs:,} chats in waves of {WAVE}. Each is its deltas, then its text whole, "
         "once in `turn.completed` and once as the result. Bytes are what Redis uses more than before, but "
         "for clients' buffers; of plain streams and kinds of keys, what MEMORY USAGE says. Compressed is "
-        "zstd, level 6, each text by itself. Events are written while the projector is frozen; it is timed from "
-        "its thawing until it has acknowledged all. Each projection reads every event.",
+        "zstd, level 6, each text by itself. Events are written while the projector is frozen; it is "
+        "timed from its thawing until it has acknowledged all. Each projection reads every event.",
         tables=[] if run is None else tables(run),
         notes=[why] if why else [],
         data={} if run is None else asdict(run),
