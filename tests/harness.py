@@ -191,7 +191,7 @@ class WorkerProcess:
         output: Path | None = None,
     ) -> None:
         self._output = output
-        self._env = _environment(settings) | ({"STREAMJOBS_FAULT": fault} if fault else {}) | (env or {})
+        self._env = environment(settings) | ({"STREAMJOBS_FAULT": fault} if fault else {}) | (env or {})
         self._app = app
         self.process = self._spawn()
 
@@ -240,7 +240,7 @@ def worker_process(
             worker.kill()
 
 
-def _environment(settings: Any) -> dict[str, str]:
+def environment(settings: Any) -> dict[str, str]:
     """This process's environment, with the settings that differ from the defaults in place of our own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("STREAMJOBS_")}
     defaults = type(settings)()

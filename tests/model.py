@@ -71,6 +71,23 @@ class Kept(NamedTuple):
     content: bytes
 
 
+class Piece(NamedTuple):
+    """A segment as its writer describes it: seq of its first event, id of its last, and what it holds."""
+
+    first: int
+    last: str
+    size: int
+    blob: bytes
+
+    @property
+    def last_seq(self) -> int:
+        return int(self.last.partition("-")[0])
+
+    @property
+    def line(self) -> str:
+        return f"{self.first} {self.last} {self.size}"
+
+
 class Filed(NamedTuple):
     """A worker's last take, for its resend."""
 
@@ -150,6 +167,9 @@ class Job:
     children: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     artifacts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    segments: list[Piece] = field(default_factory=list)
+    snap: str = ""
+    snapshot: bytes = b""
     ended: int | None = None
     error: str = ""
     rerun: str = ""
@@ -170,6 +190,19 @@ class Job:
     @property
     def size(self) -> int:
         return sum(len(entry.content) for entry in self.log)
+
+    @property
+    def sealed(self) -> str:
+        return self.segments[-1].last if self.segments else ""
+
+    @property
+    def sealed_seq(self) -> int:
+        return self.segments[-1].last_seq if self.segments else 0
+
+    @property
+    def stream(self) -> list[Entry]:
+        """What of the log is not in segments."""
+        return self.log[self.sealed_seq :]
 
     @property
     def asked(self) -> str:
@@ -700,6 +733,37 @@ class Model:
         job.rerun = new_id
         self.dead.pop(job_id, None)
         return ["ok"]
+
+    # --- sealed history ----------------------------------------------------------------------------------
+
+    def seal(
+        self, job_id: str, sealed: str, snap: str, snapshot: bytes, pieces: Sequence[Piece]
+    ) -> list[Any]:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return ["gone"]
+        if not pieces:
+            return ["bad"]
+        last = pieces[-1].last
+        if job.sealed == last and (not snapshot or job.snap == last):
+            return ["already", job.sealed, job.snap]
+        if (job.sealed, job.snap) != (sealed, snap):
+            return ["stale", job.sealed, job.snap]
+        if (job.snap and not snapshot) or not self.fits(job, pieces):
+            return ["bad"]
+        job.segments += pieces
+        if snapshot:
+            job.snap, job.snapshot = last, snapshot
+        return ["ok", job.sealed, job.snap]
+
+    def fits(self, job: Job, pieces: Sequence[Piece]) -> bool:
+        """Each piece begins where the one before ended, and ends at an event that is in the stream."""
+        end, ids = job.sealed_seq, {entry.id for entry in job.stream}
+        for piece in pieces:
+            if piece.first != end + 1 or piece.last not in ids or piece.last_seq < piece.first:
+                return False
+            end = piece.last_seq
+        return True
 
     # --- strikes -----------------------------------------------------------------------------------------
 

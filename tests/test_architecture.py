@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 
 LAYERS = [
     {"errors"},
-    {"cursor", "events", "faults", "cron"},
-    {"approvals"},
-    {"job", "effects", "retry", "config", "metrics", "schedule"},
+    {"cursor", "events", "faults", "cron", "bounded"},
+    {"approvals", "segments", "retention"},
+    {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing"},
     {"logs"},
     {"store", "llm"},
     {"inputs"},

@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from streamjobs.errors import ConfigError
+from streamjobs.retention import parse_policies
 
 PREFIX = "STREAMJOBS_"
 _FROM_KUBERNETES = re.compile(r"(.*_)?(SERVICE_(HOST|PORT(_.*)?)|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)", re.ASCII)
@@ -50,7 +51,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     queues: tuple[str, ...] = ("default",)
     """The declared queues; a submission to another one is refused. As text: separated by commas."""
     retention: float = 7 * 86400.0
-    """How long an ended job is kept."""
+    """How long an ended job is kept that no policy names, where its history is not sealed."""
+    retention_sealed: float = 30 * 86400.0
+    """The same where the projections `snapshot` and `retention` run: what is sealed takes little room."""
+    retention_policies: tuple[str, ...] = ()
+    """By kind and outcome, the first that fits: `chat:failed=90d,*:completed=12h`. As text: with commas."""
     idempotency_ttl: float = 86400.0
     """An Idempotency-Key is remembered this long, or for the job's life if that is longer."""
     owner_limit: int = 50
@@ -101,6 +106,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long an owner's feed is kept after its last event."""
     owner_feed_bytes: int = 2048
     """Contents over this size are left out of the owner's feed; they are in the job's log."""
+
+    # --- views and sealed history
+    view_text: int = 1024 * 1024
+    """Characters of text, and of reasoning, that a view shows; the newest, the log has all."""
+    view_log_lines: int = 1000
+    """Log lines that a view shows."""
+    view_steps: int = 1000
+    """Steps that a view shows, and tool calls, turns, artifacts, approvals and children."""
+    view_output: int = 64 * 1024
+    """Bytes of one step's or tool's output that a view shows."""
+    seal_events: int = 500
+    """A live job's log is sealed when more than this many of its events are not."""
+    seal_bytes: int = 64 * 1024
+    """Or when more than this many bytes of its events are not; and more than a quarter of its snapshot."""
+    snapshot_min_events: int = 2000
+    """Logs up to this many events have no stored snapshot; they are folded when somebody asks."""
+
+    # --- projections
+    projections: tuple[str, ...] = ("snapshot", "index", "stats", "notify", "retention")
+    """Those that a projector runs (also within `dev` and `demo`). As text: separated by commas."""
+    projector_concurrency: int = 16
+    """Jobs that one projector folds at once."""
 
     # --- worker
     concurrency: int = 400
@@ -206,6 +233,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     page_bytes: int = 256 * 1024
     """Bytes in one page of a log, about."""
 
+    # --- notifications
+    notice_cap: int = 1000
+    """Notices that an owner's feed keeps; the oldest leave it first."""
+    notice_ttl: float = 30 * 86400.0
+    """How long a notice is kept."""
+    public_url: str = ""
+    """Where people reach the gateway, for the links in webhooks and mail; empty: links are paths."""
+    webhook_timeout: float = 10.0
+    """How long one try of a delivery may take, connecting included."""
+    webhook_connections: int = 20
+    """Deliveries that one process has under way at once."""
+    webhook_grace: float = 86400.0
+    """How long the secret before stays good after a rotation."""
+    webhook_http: bool = False
+    """Whether a webhook may be `http://`: for tests and networks of your own."""
+    webhook_allow: tuple[str, ...] = ()
+    """Hosts, and networks as 10.1.0.0/16, that webhooks may reach though they are not public."""
+    smtp_url: str = ""
+    """`smtp://` (STARTTLS where it is offered) or `smtps://`, `user:password@host:port`; empty: no mail."""
+    notify_from: str = ""
+    """The sender's address of mail."""
+
     # --- logs
     log_level: str = "info"
     """`debug`, `info`, `warning`, `error` or `critical`."""
@@ -274,7 +323,7 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights"}:
+    if name not in {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow"}:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -309,7 +358,10 @@ _POSITIVE = (
     "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval",
     "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
+    "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
+    "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
     "provider_attempts",
+    "projector_concurrency",
 )  # fmt: skip
 
 
@@ -323,5 +375,12 @@ def _check_choices(settings: Settings) -> None:
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:
         raise ConfigError("setting 'priority_weights': three weights of 0 or more, not all 0")
+    parse_policies(settings.retention_policies)
+    if len(set(settings.projections)) != len(settings.projections):
+        raise ConfigError("setting 'projections': each once")
     if settings.provider not in {"", "openai", "anthropic"}:
         raise ConfigError("setting 'provider': openai or anthropic")
+    if settings.smtp_url and not settings.smtp_url.startswith(("smtp://", "smtps://")):
+        raise ConfigError("setting 'smtp_url': smtp://host:port or smtps://host:port")
+    if settings.smtp_url and "@" not in settings.notify_from:
+        raise ConfigError("setting 'notify_from': mail needs a sender's address")

@@ -79,6 +79,30 @@ class ScheduleNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class WebhookNotFound(StreamjobsError):
+    """No such webhook: never made, deleted, or somebody else's."""
+
+    code, http_status = "not_found", 404
+
+
+class ProjectionNotFound(StreamjobsError):
+    """No projection has this name, or none ever ran."""
+
+    code, http_status = "not_found", 404
+
+
+class TooManyWebhooks(Invalid):
+    """The owner has as many webhooks as there may be."""
+
+    code = "too_many_webhooks"
+
+
+class RefusedTarget(Invalid):
+    """An address outside that requests of strangers' making must not go to. Nothing was sent."""
+
+    code = "refused_target"
+
+
 class UnreadableSchedule(StreamjobsError):
     """A schedule that another release wrote, and that this one cannot read. Leave it alone."""
 

@@ -103,22 +103,24 @@ class JobStarted(Event, frozen=True, kw_only=True):
 
 
 class JobProgress(Event, frozen=True, kw_only=True):
-    """How far the job is, as its code says."""
+    """How far the job is, as its code says; `within` names the step that said it."""
 
     type = "job.progress"
     percent: float | None = None
     step: int | None = None
     steps: int | None = None
     message: str = ""
+    within: str = ""
 
 
 class JobLog(Event, frozen=True, kw_only=True):
-    """A line for people, from the job's code."""
+    """A line for people, from the job's code; `within` names the step that said it."""
 
     type = "job.log"
     level: str = "info"
     message: str = ""
     data: Json = None
+    within: str = ""
 
 
 class JobRetrying(Event, frozen=True, kw_only=True):
@@ -440,19 +442,21 @@ class ChildEnded(Event, frozen=True, kw_only=True):
 
 
 class ArtifactCreated(Event, frozen=True, kw_only=True):
-    """The job made something too large for an event."""
+    """The job made something too large for an event; `within` names the step that made it."""
 
     type = "artifact.created"
     name: str
     media_type: str
     size: int
     where: str
+    within: str = ""
 
 
 class Unknown(Event, frozen=True, kw_only=True):
-    """An event of another release, or a user's own `x.` type."""
+    """An event of another release, or a user's own `x.` type; `within` names the step that said it."""
 
     type = "unknown"
+    within: str = ""
 
 
 def _leaves(base: type[Event]) -> list[type[Event]]:

@@ -42,7 +42,19 @@ WORKFLOW_POINTS = (
 )
 """What a workflow passes beside those."""
 
-POINTS = CHAT_POINTS + WORKFLOW_POINTS
+DELIVERY_POINTS = ("after_told", "after_delivery")
+"""Between telling owners and their webhooks, and writing down that it was done."""
+
+SEAL_POINTS = ("before_seal", "after_seal")
+"""What the snapshot projection passes."""
+
+PROJECTOR_POINTS = ("after_notes_read", "after_advance", "before_ack")
+"""What a projector passes with each batch of notes."""
+
+WORKER_POINTS = CHAT_POINTS + WORKFLOW_POINTS
+"""All that a worker passes."""
+
+POINTS = WORKER_POINTS + SEAL_POINTS + PROJECTOR_POINTS + DELIVERY_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

@@ -5,22 +5,31 @@ Rule 2: `Fold` is the only fold: of the gateway, of snapshots, of workers and te
 Rule 3: folding is total. Events of other releases and users' own change nothing but the position;
 an event that cannot follow raises, it never bends the view.
 Rule 4: superseded text and tool calls are not in the view.
+Rule 5: a view is bounded (`Caps`): of what grows without end the newest is shown, and `truncated` says how
+much is not. The log has all of it.
+Rule 6: a fold can be put away and taken up again: `restore(state())` and what follows give what the whole
+log gives.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from streamjobs import events as ev
 from streamjobs.approvals import decision_of
-from streamjobs.cursor import START, Cursor
-from streamjobs.errors import StreamjobsError
+from streamjobs.bounded import Spoken, cut_items, kept_of
+from streamjobs.cursor import START, Cursor, parse_cursor
+from streamjobs.errors import InvalidCursor, StreamjobsError
 from streamjobs.events import ErrorInfo, Event, Json, Usage
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Status(StrEnum):
@@ -77,6 +86,29 @@ class InvalidTransition(StreamjobsError):  # noqa: N818 - named after what happe
     code = "invalid_transition"
 
 
+class UnknownState(StreamjobsError):  # noqa: N818 - named after what happened, as all of ours
+    """A stored fold that this release cannot take up: fold the log instead."""
+
+    code = "unknown_state"
+
+
+STATE_SCHEMA = 1
+"""Raised with every change after which the same events give another state."""
+
+
+class Caps(msgspec.Struct, frozen=True):
+    """How much of each a view shows at most.
+
+    Characters of text and of reasoning; log lines; steps, and as many tool calls, turns, artifacts, approvals
+    and children; bytes of one output.
+    """
+
+    text: int = 1024 * 1024
+    log_lines: int = 1000
+    steps: int = 1000
+    output: int = 64 * 1024
+
+
 class TurnView(msgspec.Struct, frozen=True):
     """One call of the model, as it stands."""
 
@@ -89,7 +121,10 @@ class TurnView(msgspec.Struct, frozen=True):
 
 
 class ToolCallView(msgspec.Struct, frozen=True):
-    """One tool call. state: called, started, completed, failed, unknown."""
+    """One tool call. state: called, started, completed, failed, unknown.
+
+    Where `output_bytes` is not 0 the output is that large, and `output` is its beginning, as text.
+    """
 
     call_id: str
     turn: int
@@ -99,12 +134,13 @@ class ToolCallView(msgspec.Struct, frozen=True):
     output: Json = None
     error: ErrorInfo | None = None
     ms: int | None = None
+    output_bytes: int = 0
 
 
 class StepView(msgspec.Struct, frozen=True):
     """One step of a workflow. state: started, retrying, completed, failed, unknown.
 
-    An output too large for an event is the artifact of that name.
+    An output too large for an event is the artifact of that name; `output_bytes` as for a tool call.
     """
 
     key: str
@@ -115,6 +151,7 @@ class StepView(msgspec.Struct, frozen=True):
     name: str = ""
     ms: int | None = None
     artifact: str = ""
+    output_bytes: int = 0
 
 
 class ApprovalView(msgspec.Struct, frozen=True):
@@ -182,7 +219,8 @@ class ArtifactView(msgspec.Struct, frozen=True):
 class JobView(msgspec.Struct):
     """A job as it stands at `cursor`: what `GET /v1/jobs/{id}` and the `snapshot` event show.
 
-    Instants are ms since the epoch, by Redis's clock. `text` is what stands now, over all turns.
+    Instants are ms since the epoch, by Redis's clock. `text` is what stands now, over all turns. `truncated`
+    says what is not shown for its size: name -> how many, of text and reasoning how many characters.
     """
 
     id: str
@@ -224,6 +262,19 @@ class JobView(msgspec.Struct):
     parent: str = ""
     rerun_of: str = ""
     schedule: str = ""
+    truncated: dict[str, int] = {}
+
+
+class _State(msgspec.Struct, frozen=True):
+    """A fold, put away: its view, and what that does not tell apart."""
+
+    schema: int
+    view: JobView
+    reasoning: list[str]
+    """Of each turn."""
+
+
+_states = msgspec.json.Decoder(_State)
 
 
 def _waits_for_a_timer(event: Event) -> bool:
@@ -237,26 +288,27 @@ def _waits_for_a_timer(event: Event) -> bool:
             return False
 
 
-class _Turn:
-    """A turn as it is folded: what is known, and the pieces of what it says."""
+def status_after(status: Status, event: Event) -> Status:
+    """Where a job is after an event that is not its first. Raises `InvalidTransition`."""
+    kind = type(event)
+    if kind not in _MOVES:
+        return status
+    after = TRANSITIONS[status].get(kind)
+    if after is None:
+        raise InvalidTransition(f"{kind.type} while {status}")
+    return Status.SCHEDULED if _waits_for_a_timer(event) else after
 
-    def __init__(self, known: TurnView) -> None:
-        self.known = known
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
+
+class _Turn:
+    """A turn as it is folded: what is known, and what it says."""
+
+    def __init__(self, known: TurnView, reasoning: str = "") -> None:
+        self.known = replace(known, text="")
+        self.text = Spoken(known.text)
+        self.reasoning = Spoken(reasoning)
 
     def view(self) -> TurnView:
-        return replace(self.known, text=_joined(self.text))
-
-    def spoken_reasoning(self) -> str:
-        return _joined(self.reasoning)
-
-
-def _joined(pieces: list[str]) -> str:
-    """The text; kept in one piece from now on, so that a fold that is looked at often stays small."""
-    if len(pieces) > 1:
-        pieces[:] = ["".join(pieces)]
-    return pieces[0] if pieces else ""
+        return replace(self.known, text=self.text.text())
 
 
 class Fold:
@@ -265,17 +317,56 @@ class Fold:
     Text is gathered in pieces, calls and steps are found by their keys: folding n events is O(n).
     """
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, caps: Caps = Caps()) -> None:  # noqa: B008 - frozen
         self.cursor = START
+        self._caps = caps
         self._view = JobView(id=job_id)
         self._turns: dict[int, _Turn] = {}
-        self._calls: list[ToolCallView] = []
+        self._calls: dict[int, ToolCallView] = {}
         self._latest_call: dict[str, int] = {}
+        self._next_call = 0
         self._steps: dict[str, StepView] = {}
         self._approvals: dict[str, ApprovalView] = {}
         self._children: dict[str, ChildView] = {}
         self._artifacts: dict[str, ArtifactView] = {}
+        self._log_lines: list[LogLine] = []
         self._requests = 0
+        self._spoken: Counter[str] = Counter()
+        """Characters that stand, of text and of reasoning."""
+        self._cut: Counter[str] = Counter()
+
+    @classmethod
+    def restore(cls, state: bytes, caps: Caps = Caps()) -> Fold:  # noqa: B008 - frozen
+        """Take up a fold where `state` was made. Raises `UnknownState` for one of another release."""
+        try:
+            stored = _states.decode(state)
+            cursor = parse_cursor(stored.view.cursor)
+        except (msgspec.MsgspecError, InvalidCursor, UnicodeDecodeError) as error:
+            raise UnknownState(f"not the state of a fold: {error}") from error
+        if stored.schema != STATE_SCHEMA or len(stored.view.turns) != len(stored.reasoning):
+            raise UnknownState(f"the state of a fold has schema {stored.schema}, not {STATE_SCHEMA}")
+        fold = cls(stored.view.id, caps)
+        fold.cursor = cursor
+        fold._take_up(stored.view, stored.reasoning)
+        return fold
+
+    def _take_up(self, view: JobView, reasoning: list[str]) -> None:
+        self._view = replace(view, truncated={})
+        self._turns = {turn.turn: _Turn(turn, said) for turn, said in zip(view.turns, reasoning, strict=True)}
+        self._calls = dict(enumerate(view.tool_calls))
+        self._next_call = len(self._calls)
+        self._latest_call = {call.call_id: at for at, call in self._calls.items()}
+        self._steps = {step.key: step for step in view.steps}
+        self._approvals = {approval.key: approval for approval in view.approvals}
+        self._children = {child.job: child for child in view.children}
+        self._artifacts = {artifact.name: artifact for artifact in view.artifacts}
+        self._log_lines = list(view.log_lines)
+        self._requests = view.metrics.requests
+        self._spoken = Counter(
+            text=sum(turn.text.size for turn in self._turns.values()),
+            reasoning=sum(turn.reasoning.size for turn in self._turns.values()),
+        )
+        self._cut = Counter(view.truncated)
 
     @property
     def status(self) -> Status:
@@ -310,14 +401,22 @@ class Fold:
             cursor=str(self.cursor),
             turns=turns,
             text="".join(turn.text for turn in turns),
-            reasoning="".join(turn.spoken_reasoning() for turn in self._turns.values()),
-            tool_calls=list(self._calls),
+            reasoning="".join(turn.reasoning.text() for turn in self._turns.values()),
+            tool_calls=list(self._calls.values()),
             steps=list(self._steps.values()),
             artifacts=list(self._artifacts.values()),
-            log_lines=list(view.log_lines),
+            log_lines=list(self._log_lines),
             approvals=list(self._approvals.values()),
             children=list(self._children.values()),
             metrics=self._metrics(),
+            truncated=dict(sorted(self._cut.items())),
+        )
+
+    def state(self) -> bytes:
+        """All that `restore` needs, as JSON; bounded as the view is."""
+        view = replace(self.view(), text="", reasoning="")
+        return ev.encode_json(
+            _State(STATE_SCHEMA, view, [turn.reasoning.text() for turn in self._turns.values()])
         )
 
     def _metrics(self) -> Metrics:
@@ -329,8 +428,8 @@ class Fold:
             input_tokens=view.usage.input_tokens,
             output_tokens=view.usage.output_tokens,
             requests=self._requests,
-            tool_calls=len(self._calls),
-            steps=len(self._steps),
+            tool_calls=len(self._calls) + self._cut["tool_calls"],
+            steps=len(self._steps) + self._cut["steps"],
             seconds=seconds,
         )
 
@@ -344,12 +443,7 @@ class Fold:
             raise InvalidTransition(f"{kind.type} after the job {status}")
         if kind is ev.JobQueued:
             raise InvalidTransition("job.queued twice")
-        if kind not in _MOVES:
-            return status
-        after = TRANSITIONS[status].get(kind)
-        if after is None:
-            raise InvalidTransition(f"{kind.type} while {status}")
-        return Status.SCHEDULED if _waits_for_a_timer(event) else after
+        return status_after(status, event)
 
     # --- lifecycle
 
@@ -411,20 +505,80 @@ class Fold:
         self._view.progress = ProgressView(event.percent, event.step, event.steps, event.message)
 
     def _log(self, event: ev.JobLog) -> None:
-        self._view.log_lines.append(LogLine(event.ts, event.level, event.message, event.data))
+        message, data = self._bounded(event.message)[0], self._bounded(event.data)[0]
+        self._log_lines.append(LogLine(event.ts, event.level, str(message), data))
+        if len(self._log_lines) > self._caps.log_lines:
+            leaving = len(self._log_lines) - kept_of(self._caps.log_lines)
+            del self._log_lines[:leaving]
+            self._cut["log_lines"] += leaving
+
+    # --- bounds
+
+    def _bounded(self, value: Json) -> tuple[Json, int]:
+        """A value, or its beginning as text and its whole size where it is too large for a view."""
+        if value is None or isinstance(value, bool | int | float):
+            return value, 0
+        encoded = ev.encode_json(value)
+        if len(encoded) <= self._caps.output:
+            return value, 0
+        self._cut["outputs"] += 1
+        beginning = value if isinstance(value, str) else encoded[: self._caps.output].decode(errors="ignore")
+        return beginning[: self._caps.output], len(encoded)
+
+    def _newest(self, name: str, items: dict[K, V]) -> dict[K, V]:
+        """What of these a view shows; the rest is counted."""
+        items, left = cut_items(items, self._caps.steps)
+        if left:
+            self._cut[name] += len(left)
+        return items
+
+    def _say(self, name: str, turn: _Turn, text: str) -> None:
+        said: Spoken = getattr(turn, name)
+        said.add(text)
+        self._spoken[name] += len(text)
+        if self._spoken[name] > self._caps.text:
+            self._cut_spoken(name)
+
+    def _cut_spoken(self, name: str) -> None:
+        leaving = self._spoken[name] - kept_of(self._caps.text)
+        self._spoken[name] -= leaving
+        self._cut[name] += leaving
+        for turn in self._turns.values():
+            said: Spoken = getattr(turn, name)
+            part = min(leaving, said.size)
+            if part:
+                said.drop(part)
+                leaving -= part
+            if not leaving:
+                return
 
     # --- turns
 
     def _turn_started(self, event: ev.TurnStarted) -> None:
-        self._requests += 1
-        self._turns[event.turn] = _Turn(TurnView(event.turn, event.attempt, event.model))
+        self._begin_turn(TurnView(event.turn, event.attempt, event.model))
 
     def _turn_restarted(self, event: ev.TurnRestarted) -> None:
+        self._begin_turn(TurnView(event.turn, event.attempt, event.model))
+        self._calls = {at: call for at, call in self._calls.items() if call.turn != event.turn}
+        self._latest_call = {call.call_id: at for at, call in self._calls.items()}
+
+    def _begin_turn(self, turn: TurnView) -> None:
         self._requests += 1
-        self._turns.pop(event.turn, None)
-        self._turns[event.turn] = _Turn(TurnView(event.turn, event.attempt, event.model))
-        self._calls = [call for call in self._calls if call.turn != event.turn]
-        self._latest_call = {call.call_id: i for i, call in enumerate(self._calls)}
+        superseded = self._turns.pop(turn.turn, None)
+        if superseded is not None:
+            self._spoken["text"] -= superseded.text.size
+            self._spoken["reasoning"] -= superseded.reasoning.size
+        self._turns[turn.turn] = _Turn(turn)
+        self._turns, left = cut_items(self._turns, self._caps.steps)
+        if left:
+            self._cut["turns"] += len(left)
+            self._leave_unsaid("text", sum(turn.text.size for turn in left))
+            self._leave_unsaid("reasoning", sum(turn.reasoning.size for turn in left))
+
+    def _leave_unsaid(self, name: str, characters: int) -> None:
+        if characters:
+            self._spoken[name] -= characters
+            self._cut[name] += characters
 
     def _turn_completed(self, event: ev.TurnCompleted) -> None:
         turn = self._turns.get(event.turn)
@@ -435,18 +589,23 @@ class Fold:
     def _delta(self, event: ev.TextDelta) -> None:
         turn = self._turns.get(event.turn)
         if turn is not None and turn.known.attempt == event.attempt:
-            turn.text.append(event.text)
+            self._say("text", turn, event.text)
 
     def _reasoning_delta(self, event: ev.ReasoningDelta) -> None:
         turn = self._turns.get(event.turn)
         if turn is not None and turn.known.attempt == event.attempt:
-            turn.reasoning.append(event.text)
+            self._say("reasoning", turn, event.text)
 
     # --- tools, steps, artifacts
 
     def _tool_called(self, event: ev.ToolCalled) -> None:
-        self._latest_call[event.call_id] = len(self._calls)
-        self._calls.append(ToolCallView(event.call_id, event.turn, event.tool, event.arguments))
+        arguments, _ = self._bounded(event.arguments)
+        self._latest_call[event.call_id] = self._next_call
+        self._calls[self._next_call] = ToolCallView(event.call_id, event.turn, event.tool, arguments)
+        self._next_call += 1
+        if len(self._calls) > self._caps.steps:
+            self._calls = self._newest("tool_calls", self._calls)
+            self._latest_call = {call.call_id: at for at, call in self._calls.items()}
 
     def _change_call(self, call_id: str, **changes: Any) -> None:
         at = self._latest_call.get(call_id)
@@ -457,7 +616,10 @@ class Fold:
         self._change_call(event.call_id, state="started")
 
     def _tool_completed(self, event: ev.ToolCompleted) -> None:
-        self._change_call(event.call_id, state="completed", output=event.output, ms=event.ms, error=None)
+        output, size = self._bounded(event.output)
+        self._change_call(
+            event.call_id, state="completed", output=output, output_bytes=size, ms=event.ms, error=None
+        )
 
     def _tool_failed(self, event: ev.ToolFailed) -> None:
         self._change_call(event.call_id, state="failed", error=event.error, ms=event.ms)
@@ -468,15 +630,18 @@ class Fold:
 
     def _change_step(self, key: str, **changes: Any) -> None:
         self._steps[key] = replace(self._steps.get(key) or StepView(key), **changes)
+        self._steps = self._newest("steps", self._steps)
 
     def _step_started(self, event: ev.StepStarted) -> None:
         self._change_step(event.key, state="started", attempt=event.attempt, name=event.name)
 
     def _step_completed(self, event: ev.StepCompleted) -> None:
+        output, size = self._bounded(event.output)
         self._change_step(
             event.key,
             state="completed",
-            output=event.output,
+            output=output,
+            output_bytes=size,
             error=None,
             ms=event.ms,
             artifact=event.artifact,
@@ -492,11 +657,14 @@ class Fold:
 
     def _artifact(self, event: ev.ArtifactCreated) -> None:
         self._artifacts[event.name] = ArtifactView(event.name, event.media_type, event.size, event.where)
+        self._artifacts = self._newest("artifacts", self._artifacts)
 
     # --- people and children
 
     def _approval_requested(self, event: ev.ApprovalRequested) -> None:
-        self._approvals[event.key] = ApprovalView(event.key, event.subject, event.message, event.detail)
+        detail, _ = self._bounded(event.detail)
+        self._approvals[event.key] = ApprovalView(event.key, event.subject, event.message, detail)
+        self._approvals = self._newest("approvals", self._approvals)
 
     def _signal(self, event: ev.SignalReceived) -> None:
         decision = decision_of(event)
@@ -519,10 +687,12 @@ class Fold:
     def _child_spawned(self, event: ev.ChildSpawned) -> None:
         known = self._children.get(event.job) or ChildView(event.job)
         self._children[event.job] = replace(known, kind=event.kind)
+        self._children = self._newest("children", self._children)
 
     def _child_ended(self, event: ev.ChildEnded) -> None:
         known = self._children.get(event.job) or ChildView(event.job)
         self._children[event.job] = replace(known, status=event.status, error=event.error)
+        self._children = self._newest("children", self._children)
 
     _FOLDS: ClassVar[dict[type[Event], Callable[[Fold, Any], None]]] = {
         ev.JobQueued: _queued,

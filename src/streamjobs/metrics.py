@@ -37,6 +37,33 @@ TOOL_CALLS = Counter("streamjobs_tool_calls", "Tool calls", ["outcome"], registr
 STEPS = Counter("streamjobs_steps", "Attempts of steps", ["outcome"], registry=REGISTRY)
 SWEPT = Counter("streamjobs_swept", "What sweeps did to jobs", ["what"], registry=REGISTRY)
 
+# --- webhooks
+
+DELIVERIES = Counter(
+    "streamjobs_deliveries",
+    "Tries of deliveries to webhooks: done, retry, dead, gone, late",
+    ["outcome"],
+    registry=REGISTRY,
+)
+# --- projector
+
+PROJECTED = Counter(
+    "streamjobs_projected",
+    "Jobs that projections looked at: advanced, quarantined",
+    ["projection", "outcome"],
+    registry=REGISTRY,
+)
+PROJECTION_LAG = Gauge(
+    "streamjobs_projection_lag_notes", "Notes not yet done", ["projection"], registry=REGISTRY
+)
+PROJECTION_LAG_SECONDS = Gauge(
+    "streamjobs_projection_lag_seconds", "Age of the oldest note not yet done", ["projection"],
+    registry=REGISTRY,
+)  # fmt: skip
+PROJECTION_QUARANTINE = Gauge(
+    "streamjobs_projection_quarantined", "Jobs set aside after an error", ["projection"], registry=REGISTRY
+)
+
 # --- gateway
 
 VIEWERS = Gauge("streamjobs_viewers", "Open streams, and requests that wait for a job", registry=REGISTRY)

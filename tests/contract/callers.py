@@ -33,7 +33,7 @@ SCRIPTS: dict[str, Script] = {
     "renew": Scripts.RENEW, "wake": Scripts.WAKE, "cancel": Scripts.CANCEL, "signal": Scripts.SIGNAL,
     "pause": Scripts.PAUSE, "resume": Scripts.RESUME, "inspect": Scripts.INSPECT,
     "artifact": Scripts.ARTIFACT, "permit": Scripts.PERMIT, "strike": Scripts.STRIKE, "rerun": Scripts.RERUN,
-    "schedule": Scripts.SCHEDULE,
+    "schedule": Scripts.SCHEDULE, "seal": Scripts.SEAL,
 }  # fmt: skip
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from streamjobs import segments
+from streamjobs.cursor import Cursor
 from streamjobs.store.scripts import flatten
 from streamjobs.store.work import Batch
 from tests.contract.callers import LEASE, submit_row
 from tests.contract.keyspace import PREFIX, spliced
-from tests.model import Kept, NewJob
+from tests.model import Kept, NewJob, Piece
 
 if TYPE_CHECKING:
     from tests.contract.duel import Duel
@@ -191,6 +193,58 @@ class Keep:
         duel.compare(
             "artifact", lambda: duel.model.artifact(job_id, epoch, kept, most), job_id, epoch, *kept, *most
         )
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Seal what is not sealed of a job but the last `leave` events, `size` to a segment.
+
+    `known` is what the sealer read: `now`, or `before` what was sealed last; `hole` leaves an event out at
+    the beginning, `foreign` names an end that is of another history, `empty` has no segments.
+    """
+
+    slot: int = 0
+    size: int = 3
+    leave: int = 0
+    snapshot: bool = False
+    known: str = "now"
+    flaw: str = ""
+
+    def play(self, duel: Duel) -> None:
+        job_id = SLOT_IDS[self.slot]
+        job = duel.model.jobs.get(job_id)
+        sealed, snap = (job.sealed, job.snap) if job else ("", "")
+        if self.known == "before" and job:
+            sealed = job.segments[-2].last if len(job.segments) > 1 else ""
+            snap = ""
+        pieces = self.pieces(job.stream[: len(job.stream) - self.leave]) if job else []
+        if self.flaw == "again" and job:
+            pieces = job.segments[-1:]
+        snapshot = b"a fold at %d \xff" % (pieces[-1].last_seq if pieces else 0) if self.snapshot else b""
+        rows = flatten((piece.line, piece.blob) for piece in pieces)
+        duel.compare(
+            "seal", lambda: duel.model.seal(job_id, sealed, snap, snapshot, pieces),
+            job_id, sealed, snap, snapshot, len(pieces), *rows,
+        )  # fmt: skip
+
+    def pieces(self, stream: list[Any]) -> list[Piece]:
+        entries = [segments.Entry(Cursor(e.seq, e.epoch), e.type, e.content) for e in stream]
+        entries = entries[1:] if self.flaw == "hole" else entries
+        entries = [] if self.flaw == "empty" else entries
+        parts = [entries[at : at + self.size] for at in range(0, len(entries), self.size)]
+        if self.flaw == "gap" and len(parts) > 2:
+            del parts[1]
+        pieces = [
+            Piece(*map_described(segments.describe(part)), segments.encode(part)) for part in parts if part
+        ]
+        if self.flaw == "foreign" and pieces:
+            seq = pieces[-1].last_seq
+            pieces[-1] = pieces[-1]._replace(last=f"{seq}-12345")
+        return pieces
+
+
+def map_described(segment: segments.Segment) -> tuple[int, str, int]:
+    return segment.first, str(segment.last), segment.size
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.contract.commands import SLOT_IDS, Advance, Append, Ask, Command, Row
 from tests.contract.keyspace import PREFIX, Found, check_invariants, comparable, expected, found
 from tests.model import Model
 
-REST = (":events", ":children", ":seen", ":artifacts")
+REST = (":events", ":sealed", ":children", ":seen", ":artifacts")
 """What the keys of a job but its head end with."""
 
 

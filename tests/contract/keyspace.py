@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import redis
 
+from streamjobs import segments
 from streamjobs.store import keys
 from tests.model import ENDED, TERMINAL, Job, Model, wire
 
@@ -51,7 +52,7 @@ def found(client: redis.Redis) -> dict[str, Found]:
 
 
 def pairs(flat: list[bytes]) -> dict[str, str]:
-    words = [word.decode() for word in flat]
+    words = [word.decode(errors="surrogateescape") for word in flat]
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
@@ -91,13 +92,25 @@ def expected(model: Model) -> dict[str, Found]:
 
 
 def job_keys(model: Model, job: Job) -> dict[str, Any]:
-    log = [(entry.id, entry.type, entry.content.decode()) for entry in job.log]
+    log = [(entry.id, entry.type, entry.content.decode()) for entry in job.stream]
     artifacts = {name: content.decode() for name, (_, content) in job.artifacts.items()}
     artifacts |= {f"{name}/": media_type for name, (media_type, _) in job.artifacts.items()}
     optional = {":children": set(job.children), ":seen": job.seen, ":artifacts": artifacts}
-    return {"": job_hash(model, job), ":events": log} | {
-        rest: value for rest, value in optional.items() if value
+    if job.segments:
+        optional[":sealed"] = sealed_hash(job)
+    if log or not job.is_ended:
+        optional[":events"] = log
+    return {"": job_hash(model, job)} | {
+        rest: value for rest, value in optional.items() if value or rest == ":events"
     }
+
+
+def sealed_hash(job: Job) -> dict[str, str]:
+    fields: dict[str, Any] = {str(piece.last_seq): piece.blob for piece in job.segments}
+    fields["index"] = "".join(f"{piece.line}\n" for piece in job.segments).encode()
+    if job.snap:
+        fields["snap"] = job.snapshot
+    return {name: value.decode(errors="surrogateescape") for name, value in fields.items()}
 
 
 def job_hash(model: Model, job: Job) -> dict[str, str]:
@@ -120,6 +133,7 @@ def job_hash(model: Model, job: Job) -> dict[str, str]:
         "idem": job.idem or None, "parent": job.parent or None, "family": bool(job.children) or None,
         "depth": job.depth or None, "asked": bool(job.seen) or None,
         "artifacts": sum(len(content) for _, content in job.artifacts.values()) if job.artifacts else None,
+        "sealed": job.sealed or None, "snap": job.snap or None,
     }  # fmt: skip
     return {name: str(1 if value is True else value) for name, value in fields.items() if value is not None}
 
@@ -215,12 +229,30 @@ def check_invariants(state: dict[str, Found]) -> None:
     """Dense logs, one end, one writer, one place, one expiry; no place of a job that is not there."""
     hashes = {name[4:]: key.value for name, key in state.items() if re.fullmatch("job:[^:]+", name)}
     for job_id, fields in hashes.items():
-        log = [(entry_id, e["t"]) for entry_id, e in state[f"job:{job_id}:events"].value]
+        log = whole_log(job_id, fields, state)
         check_log(job_id, fields, log)
         check_writers(job_id, log)
         check_place(job_id, fields, state)
         check_expiry(job_id, fields["status"] in ENDED, state)
     check_members(hashes, state)
+
+
+def whole_log(job_id: str, fields: dict[str, str], state: dict[str, Found]) -> list[tuple[str, str]]:
+    """Ids and types of all events, those in segments too; nothing is in both, nothing in neither."""
+    stream = members(state, f"job:{job_id}:events")
+    history: dict[str, str] = dict(members(state, f"job:{job_id}:sealed"))
+    index = segments.parse_index(history.get("index", ""))
+    names = {"index", *(str(segment.last.seq) for segment in index)} if index else set[str]()
+    assert set(history) == names | ({"snap"} if "snap" in fields else set()), f"{job_id}: {set(history)}"
+    sealed = [
+        entry
+        for segment in index
+        for entry in segments.decode(history[str(segment.last.seq)].encode(errors="surrogateescape"))
+    ]
+    last = str(sealed[-1].cursor) if sealed else None
+    assert fields.get("sealed") == last, f"{job_id}: sealed up to {last}, says {fields.get('sealed')}"
+    assert fields.get("snap", last) == last, f"{job_id}: a snapshot at {fields['snap']}, sealed up to {last}"
+    return [(str(entry.cursor), entry.type) for entry in sealed] + [(i, e["t"]) for i, e in stream]
 
 
 def check_log(job_id: str, fields: dict[str, str], log: list[tuple[str, str]]) -> None:

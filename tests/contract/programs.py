@@ -31,6 +31,7 @@ from tests.contract.commands import (
     Renew,
     Rerun,
     Row,
+    Seal,
     Strike,
     Submission,
     Submit,
@@ -56,7 +57,7 @@ class Dice:
         self.commands: dict[Callable[[], Command], int] = {
             self.submit: 10, self.take: 10, self.append: 16, self.ask: 8, self.renew: 2, Wake: 6,
             self.keep: 2, self.permit: 2, self.small_wake: 2, self.idle: 3, self.step: 8, self.jump: 1,
-            self.cancel: 2, self.strike: 1, self.lift: 2, self.rerun: 2, Again: 3,
+            self.cancel: 2, self.strike: 1, self.seal: 4, self.lift: 2, self.rerun: 2, Again: 3,
         }  # fmt: skip
 
     def command(self) -> Command:
@@ -129,6 +130,14 @@ class Dice:
 
     def rerun(self) -> Rerun:
         return Rerun(self.slot(), self.slot())
+
+    def seal(self) -> Seal:
+        pick = self.random.choice
+        return Seal(
+            self.slot(), pick([1, 3, 50]), pick([0, 0, 1, 2]), self.rarely(3, True, False),
+            known=self.rarely(5, "before", "now"),
+            flaw=self.rarely(5, pick(["again", "hole", "empty", "gap", "foreign"]), ""),
+        )  # fmt: skip
 
     def strike(self) -> Strike:
         return Strike("set", self.struck())

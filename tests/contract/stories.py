@@ -16,6 +16,7 @@ from tests.contract.commands import (
     Renew,
     Rerun,
     Row,
+    Seal,
     Strike,
     Submission,
     Submit,
@@ -33,6 +34,18 @@ STORIES: dict[str, list[Command]] = {
     "pause and cancel of a job whose worker dies": [
         Submit((Submission(slot=1), Submission(slot=2))), Take(), Ask("pause", 1), Cancel(2), Idle(2),
         Ask("resume", 1),
+    ],
+    "sealed as it runs, and after its end": [
+        ONE, Seal(flaw="empty"), Take(), Append((Row(events=("delta",) * 7),)), Seal(flaw="hole"),
+        Seal(flaw="foreign"), Seal(size=2, flaw="gap"), Seal(leave=1), Again(), Seal(known="before"), Seal(),
+        Append((Row(events=("note", "log")),)), Seal(snapshot=True), Again(),
+        Append((Row(events=("note",)),)), Seal(), Seal(snapshot=True, known="before"), FINISH,
+        Seal(leave=1, snapshot=True), Seal(snapshot=True), Again(), Seal(), Seal(flaw="again"),
+    ],
+    "sealed only after its end": [ONE, Take(), Append((Row(events=("delta",) * 7),)), FINISH, Seal(), Seal()],
+    "sealed, and then a worker dies": [
+        ONE, Take(), Append((Row(events=("delta",)),)), Seal(), Idle(3), Seal(), Take(), Seal(snapshot=True),
+        Ask("pause", 0), Append((Row(events=("step",), unread=0),)), FINISH, Seal(slot=7),
     ],
     "events over the limit": [
         ONE, Take(), *[Append((Row(events=("note",) * 9),))] * 5,

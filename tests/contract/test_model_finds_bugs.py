@@ -81,6 +81,47 @@ MUTATIONS: dict[str, Mutation] = {
         "if not job then return { 'gone' } end",
         "if not job then redis.call('HSET', PREFIX .. 'job:' .. id, 'rerun', new) return { 'gone' } end",
     ),
+    "a log is trimmed of what no segment holds": Mutation(
+        "seal",
+        "string.format('%d', seq_of(last) + 1) .. '-0'",
+        "string.format('%d', seq_of(last) + 2) .. '-0'",
+    ),
+    "what is sealed stays in the stream": Mutation("seal", "seq_of(last) + 1) .. '-0'", "0) .. '-0'"),
+    "the stream of a live job goes with what is not sealed": Mutation(
+        "seal", "if ENDED[job.h.status] and last == job.h.last then", "if true then"
+    ),
+    "the stream of an ended job goes before all is sealed": Mutation(
+        "seal", "if ENDED[job.h.status] and last == job.h.last then", "if ENDED[job.h.status] then"
+    ),
+    "a projector that is behind seals again": Mutation(
+        "seal", "if (job.h.sealed or '') ~= sealed or (job.h.snap or '') ~= snap then", "if false then"
+    ),
+    "a trim passes the snapshot": Mutation(
+        "seal",
+        "if job.h.snap and snapshot == '' then return { 'bad', 'the snapshot would stay behind' } end",
+        "",
+    ),
+    "a segment with a hole before it is taken": Mutation(
+        "seal", "if segment.first ~= before + 1 then return 'a hole before ' .. segment.line end", ""
+    ),
+    "a segment of another history is taken": Mutation(
+        "seal",
+        "if #redis.call('XRANGE', log, segment.last, segment.last) == 0 then"
+        " return 'not in the stream: ' .. segment.last end",
+        "",
+    ),
+    "a segment is lost from the index": Mutation(
+        "seal", "local index = redis.call('HGET', history, 'index') or ''", "local index = ''"
+    ),
+    "sealing that is sent twice is called stale": Mutation(
+        "seal", "if job.h.sealed == last and (snapshot == '' or job.h.snap == last) then", "if false then"
+    ),
+    "the sealed history of an ended job stays for ever": Mutation(
+        "common", "if job.h.sealed then redis.call('PEXPIREAT'", "if false then redis.call('PEXPIREAT'"
+    ),
+    "what is sealed after the end stays for ever": Mutation(
+        "seal", "if ENDED[job.h.status] then redis.call('PEXPIREAT'", "if false then redis.call('PEXPIREAT'"
+    ),
     "a rate limits nothing": Mutation("submit", "or not token_for(owner) then", "then"),
     "who comes later has the token of those that wait": Mutation(
         "submit", "or redis.call('EXISTS', list) == 1", ""

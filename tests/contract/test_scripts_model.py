@@ -36,6 +36,7 @@ resume: resumed dup already gone
 artifact: ok fenced limit_one limit_all gone
 permit: go later
 rerun: ok live gone
+seal: ok already stale bad gone
 strike: struck already lifted absent
 job.requeued: timer signal child yield retry held released
 held: owner_limit concurrency_key struck

@@ -20,7 +20,7 @@ from tests.conftest import RedisProcess
 from tests.golden import workflows
 from tests.harness import Lab, lab, sweeping, working
 
-LOGS = Path(__file__).with_name("logs")
+LOGS = Path(__file__).with_name("recorded")
 JOBS: dict[str, Any] = {
     "steps": [1, 2, 3, 3], "sleeps": None, "waits": None, "approvals": None, "children": None, "chats": None,
     "retries": None,

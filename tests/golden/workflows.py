@@ -1,4 +1,4 @@
-"""The workflows whose recorded logs are kept in `logs/`: this code is frozen, like the logs.
+"""The workflows whose recorded logs are kept in `recorded/`: this code is frozen, like the logs.
 
 `python -m tests.golden.record` records logs that are not there yet; it never replaces one.
 """

@@ -18,10 +18,13 @@ import pytest
 from streamjobs import events as ev
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError, StoreUnavailable
-from streamjobs.store import Batch, DeadFilter, Entry, Store, Submission, embedded, keys
+from streamjobs.projections.snapshot import SnapshotProjection
+from streamjobs.store import Batch, DeadFilter, Entry, JobFilter, Store, Submission, embedded, keys
 from streamjobs.store.doctor import Doctor
 from streamjobs.store.embedded import RedisServer, embedded_redis, find_binary, wheel_binary
 from tests.conftest import fast_settings, redis_binary, wait_until
+from tests.projections.bench import carry
+from tests.sealing import Job
 
 
 def executable(path: Path) -> str:
@@ -144,13 +147,30 @@ async def use_the_rest(settings: Settings) -> None:
     assert [answer.verdict for answer in await store.work.append(0, batches)] == ["ok"] * 3
     ((dead,), _) = await store.dead.page(DeadFilter())
     assert (dead.id, dead.message) == (parent, "it broke")
-    again = (await store.jobs.rerun(parent)).job_id
+    await store.jobs.rerun(parent)
     assert await store.dead.page(DeadFilter()) == ([], "")
     await store.work.wake(0)
     assert (await store.queues.all())[0].held == 3
-    assert [record.job_id for record in (await store.jobs.recent("ann"))[0]][::3] == [again, parent]
+    await use_the_projections(store, parent)
     assert (await Doctor(store).examine()).violations == []
     await store.aclose()
+
+
+async def use_the_projections(store: Store, failed: str) -> None:
+    runner = await carry(store)
+    await runner.keep()
+    listed, cursor = await store.index.page("ann", JobFilter(status="failed"))
+    assert ([job.id for job in listed], cursor) == ([failed], "")
+    assert sum((await store.index.counts("ann")).values()) == 4
+    assert sum(counts["failed"] for counts in (await store.stats.totals()).values()) == 1
+    assert len(await store.stats.history("5m")) in {1, 2}
+    await store.feed.ask_rebuild("index")
+    await runner.rebuild()
+    assert await store.client.xlen("sj:{0}:feed") == 0
+    assert {(lag.name, lag.notes, lag.rebuild) for lag in await store.feed.lag(0)} == {
+        ("index", 0, ""),
+        ("stats", 0, ""),
+    }
 
 
 @pytest.mark.parametrize("binary", [wheel_binary, find_binary], ids=["wheel", "found"])
@@ -173,6 +193,25 @@ async def test_a_job_runs_on_the_fake(tmp_path: Path, monkeypatch: pytest.Monkey
         await store.client.flushall()
         await store.aclose()
         await use_the_rest(fast_settings(server.url, owner_rate=1, lease=600.0))
+
+
+async def test_history_is_sealed_on_the_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whoever tries streamjobs where no redis-server runs would see every job end in an error."""
+    monkeypatch.setattr(embedded, "find_binary", lambda: None)
+    async with embedded_redis(tmp_path) as server:
+        store = await Store.open(fast_settings(server.url, seal_events=10, snapshot_min_events=15))
+        job = await Job.start(store)
+        projection = SnapshotProjection(store)
+        for _ in range(5):
+            await job.say(6)
+            await projection.advance(job.id)
+        assert (await store.snapshots.load(job.id)).weight
+        assert await job.replay() == job.whole
+        await job.end()
+        await projection.advance(job.id)
+        assert await job.replay() == job.whole
+        assert (await Doctor(store).examine()).violations == []
+        await store.aclose()
 
 
 async def test_jobs_are_there_after_a_restart(tmp_path: Path):

@@ -14,11 +14,12 @@ from click.testing import CliRunner, Result
 from streamjobs.cli import options
 from streamjobs.cli.main import cli
 from streamjobs.client import Client, GatewayError, JobCancelled, JobFailed
+from tests.conftest import wait_until
 from tests.integration.dev import running_dev
 
 pytestmark = pytest.mark.timeout(120)
 
-ROLES = {"demo", "dev", "doctor", "provider", "schedules", "serve", "worker"}
+ROLES = {"demo", "dev", "doctor", "projector", "provider", "schedules", "serve", "worker"}
 """Commands that talk to no gateway, and the group that has tests of its own."""
 
 
@@ -59,6 +60,13 @@ class Shell:
             time.sleep(0.05)
         raise TimeoutError(f"{job_id} is {view['status']}, not {status}")
 
+    def listed(self, job_id: str, *filters: str) -> None:
+        """Wait until a list shows a job: lists are a moment behind."""
+        deadline = time.monotonic() + 30
+        while job_id not in self("list", *filters).stdout:
+            assert time.monotonic() < deadline, "the list does not show the job"
+            time.sleep(0.05)
+
 
 def test_every_command_does_its_work(url: str):
     """The help promises a command that no gateway answers, or a table that no answer fits."""
@@ -79,7 +87,10 @@ def looks_at_a_job(shell: Shell) -> None:
     (effect,) = shell.json("effects", job_id)
     assert (effect["kind"], effect["name"], effect["state"]) == ("step", "count", "confirmed")
     assert "confirmed" in shell("effects", job_id).stdout
-    assert job_id in shell("list", "--kind", "report").stdout
+    shell.listed(job_id, "--kind", "report", "--status", "completed")
+    assert "report" in shell("stats").stdout
+    assert "index" in shell("projections", "lag").stdout
+    assert "will rebuild" in shell("projections", "rebuild", "stats").stdout
     assert len(json.loads(shell("submit", "large", "--wait", "--json").stdout)["output"]) == 200_000
 
 
@@ -121,6 +132,21 @@ def operates(shell: Shell) -> None:
     assert "default" in shell("queues").stdout
     assert len(shell.json("workers")) == 1
     assert "default" in shell("workers").stdout
+    is_told_and_forgets(shell, again)
+
+
+def is_told_and_forgets(shell: Shell, failed: str) -> None:
+    hook = shell.json("webhooks", "create", "https://example.org/hook", "--event", "job.failed")
+    assert hook["secret"].startswith("whsec_")
+    assert hook["id"] in shell("webhooks", "list").stdout
+    shell("webhooks", "delete", hook["id"])
+    deadline = time.monotonic() + 30
+    while failed not in shell("notifications", "list").stdout:
+        assert time.monotonic() < deadline, "nobody was told"
+        time.sleep(0.05)
+    assert failed in shell("delete", failed).stdout
+    with pytest.raises(GatewayError, match="no such job"):
+        shell("status", failed)
 
 
 # --- handles
@@ -138,7 +164,11 @@ async def test_a_handle_goes_from_start_to_result(url: str):
         assert [event.type async for event in handle.events("0")][-1] == "job.completed"
         view = await handle.view()
         assert (view["metadata"], view["metrics"]["steps"]) == ({"n": 1}, 1)
-        assert [job["id"] for job in (await client.jobs(kind="report"))["jobs"]] == [handle.id]
+
+        async def listed() -> list[str]:
+            return [job["id"] for job in (await client.jobs(kind="report"))["jobs"]]
+
+        assert await wait_until(listed) == [handle.id]
         assert len(await (await client.start("large")).result(timeout=30)) == 200_000
 
 

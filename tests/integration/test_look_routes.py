@@ -11,9 +11,10 @@ import pytest
 from streamjobs import App, Context
 from streamjobs import events as ev
 from streamjobs.events import ErrorInfo
-from streamjobs.store import Submission
+from streamjobs.store import Submission, keys
 from tests.conftest import RedisProcess
 from tests.integration.gateway import Script, Served, serving
+from tests.projections.bench import carry
 
 NOBODY = "j0-" + "a" * 26
 
@@ -35,8 +36,12 @@ async def get(served: Served, path: str, expected: int = 200, /, **query: Any) -
 
 async def submitted(served: Served, owner: str, *kinds: str) -> list[str]:
     """Jobs of these kinds, newest first."""
-    jobs = served.store.jobs
-    return [(await jobs.submit(Submission(kind=kind, owner=owner))).job_id for kind in kinds][::-1]
+    store, ids = served.store, list[str]()
+    for kind in kinds:
+        ids.append((await store.jobs.submit(Submission(kind=kind, owner=owner))).job_id)
+        await store.client.hset(keys.job_key(ids[-1]), "created", await store.now_ms() + len(ids))
+    await carry(store)
+    return ids[::-1]
 
 
 async def test_an_owner_sees_his_own_jobs_newest_first(served: Served):
@@ -75,10 +80,29 @@ async def test_jobs_are_chosen_and_paged(served: Served):
     assert found == ids
 
 
+async def test_jobs_are_found_by_thread_and_time_and_counted(served: Served):
+    """A chat page could not show its conversation's jobs, nor how many still run."""
+    submission = Submission(kind="a", thread_id="t1", message_id="m1")
+    job_id = (await served.store.jobs.submit(submission)).job_id
+    (other,) = await submitted(served, "anonymous", "b")
+    await served.store.jobs.cancel(other)
+    await carry(served.store)
+    for query in ({"thread": "t1"}, {"message": "m1"}, {"until": "2100-01-01T00:00:00Z", "kind": "a"}):
+        (job,) = (await get(served, "/v1/jobs", **query))["jobs"]
+        assert (job["id"], job["thread_id"], job["message_id"]) == (job_id, "t1", "m1")
+    for query in ({"thread": "t2"}, {"queue": "bulk"}, {"since": "2100-01-01T00:00:00+01:00"}):
+        assert (await get(served, "/v1/jobs", **query))["jobs"] == []
+    answer = await get(served, "/v1/jobs", counts="1", limit="1")
+    assert answer["counts"] == {"queued": 1, "cancelled": 1}
+    assert "counts" not in await get(served, "/v1/jobs")
+
+
 @pytest.mark.parametrize(
     ("query", "status", "field"),
     [
         ({"status": "dead"}, 422, "status"),
+        ({"since": "yesterday"}, 422, "since"),
+        ({"counts": "2"}, 422, "counts"),
         ({"limit": "501"}, 422, "limit"),
         ({"stauts": "failed"}, 422, "stauts"),
         ({"cursor": "x"}, 400, None),

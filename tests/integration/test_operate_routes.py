@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from streamjobs.events import ErrorInfo
-from streamjobs.store import Submission, WorkerInfo
+from streamjobs.store import Quarantined, Submission, WorkerInfo
 from tests.conftest import RedisProcess
 from tests.integration.gateway import Served, serving
+from tests.projections.bench import carry
 
 NOBODY = "j0-" + "a" * 26
 
@@ -225,3 +226,62 @@ async def test_workers_are_listed(served: Served):
     (worker,) = answer["workers"]
     assert (worker["id"], worker["running"], worker["queues"]) == ("w1", 3, ["default"])
     assert answer["now_ms"] >= worker["heartbeat_ms"]
+
+
+# --- projections and statistics
+
+
+async def test_statistics_are_read_at_once(served: Served):
+    """A dashboard would have to read every job."""
+    assert (await call(served, "GET", "/v1/stats"))["stats"] == []
+    script = await served.script(queue="bulk")
+    await script.say("a")
+    await script.complete()
+    await served.store.jobs.submit(Submission(kind="work"))
+    await carry(served.store)
+    chat, work = (await call(served, "GET", "/v1/stats"))["stats"]
+    assert (chat["kind"], chat["queue"], chat["completed"], chat["submitted"]) == ("chat", "bulk", 1, 1)
+    assert (work["kind"], work["now"]["queued"], work["run_seconds"]["count"]) == ("work", 1, 0)
+    wait = chat["wait_seconds"]
+    assert (wait["count"], wait["buckets"]["14400"], list(wait["buckets"])[:2]) == (1, 1, ["0.01", "0.05"])
+    only = await call(served, "GET", "/v1/stats", params={"kind": "work"})
+    assert only["stats"] == [work]
+    assert (await call(served, "GET", "/v1/stats", params={"queue": "bulk"}))["stats"] == [chat]
+
+
+async def test_statistics_have_a_history(served: Served):
+    """Whether it is getting worse could not be seen."""
+    await served.store.jobs.submit(Submission(kind="work"))
+    await carry(served.store)
+    for step, length in (("5m", 300_000), ("1h", 3_600_000)):
+        answer = await call(served, "GET", "/v1/stats", params={"history": step})
+        (point,) = answer["history"]
+        assert answer["step"] == step
+        assert point["at_ms"] % length == 0
+        assert point["stats"][0]["submitted"] == 1
+    for query in ({"history": "5m", "kind": "x"}, {"history": "1h", "since": "2100-01-01T00:00:00Z"}):
+        assert (await call(served, "GET", "/v1/stats", params=query))["history"] == []
+    await call(served, "GET", "/v1/stats", 422, params={"history": "1s"})
+
+
+async def two_projections(served: Served) -> list[dict[str, Any]]:
+    found = (await call(served, "GET", "/v1/projections"))["projections"]
+    return [one for name in ("index", "stats") for one in found if one["name"] == name]
+
+
+async def test_projections_are_looked_after(served: Served):
+    """Nobody would know that lists are behind, or be able to make them anew."""
+    runner = await carry(served.store)
+    job_id = (await served.store.jobs.submit(Submission(kind="work"))).job_id
+    await served.store.feed.quarantine(0, "index", Quarantined(job_id, "Boom", 1, 2))
+    index, stats = await two_projections(served)
+    assert (index["name"], index["notes"], index["quarantined"], index["rebuild"]) == ("index", 1, 1, "")
+    assert index["errors"] == [{"job": job_id, "error": "Boom", "seq": 1, "ts": 2}]
+    assert (stats["name"], stats["quarantined"], stats["errors"]) == ("stats", 0, [])
+    assert (await call(served, "POST", "/v1/projections/index/retry"))["retried"] == 1
+    await call(served, "POST", "/v1/projections/stats/rebuild")
+    index, stats = await two_projections(served)
+    assert (index["quarantined"], index["notes"], stats["rebuild"]) == (0, 2, "asked")
+    await runner.rebuild()
+    assert [one["rebuild"] for one in await two_projections(served)] == ["", ""]
+    assert (await call(served, "POST", "/v1/projections/nope/rebuild", 404))["code"] == "not_found"

@@ -1,4 +1,4 @@
-"""What callers of the store do to jobs: what reaches the log, reruns, and an owner's list."""
+"""What callers of the store do to jobs: what reaches the log, and reruns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from streamjobs import events as ev
-from streamjobs.errors import Invalid, InvalidCursor, JobNotEnded, JobNotFound
+from streamjobs.errors import Invalid, JobNotEnded, JobNotFound
 from streamjobs.store import Batch, DeadFilter, Store, Submission, keys
 from streamjobs.store.doctor import Doctor
 
@@ -150,74 +150,3 @@ async def test_many_are_run_again_once(store: Store, bench: Bench):
     assert len(await store.jobs.rerun_many(where, key="next", limit=40)) == 30
     with pytest.raises(Invalid):
         await store.jobs.rerun_many(where, key="")
-
-
-# --- an owner's list
-
-
-async def recent(store: Store, owner: str, limit: int) -> list[str]:
-    found, cursor = await store.jobs.recent(owner, limit=limit)
-    while cursor:
-        more, cursor = await store.jobs.recent(owner, limit=limit, before=cursor)
-        assert len(more) <= limit
-        found += more
-    return [record.job_id for record in found]
-
-
-@pytest.mark.parametrize("limit", [1, 3, 7, 500])
-async def test_an_owner_sees_each_job_once(store: Store, bench: Bench, limit: int):
-    """Pages would cut jobs that were submitted together apart, lose some, or show another's."""
-    ids: list[str] = []
-    for count in (5, 1, 3):
-        receipts = await store.jobs.submit_many([Submission(kind="work", owner="anna")] * count)
-        ids += [receipt.job_id for receipt in receipts]
-        await store.jobs.submit(Submission(kind="work", owner="bob"))
-        await bench.end("completed", 2)
-    assert await recent(store, "anna", limit) == ids[::-1]
-    assert len(await recent(store, "bob", limit)) == 3
-    assert await recent(store, "nobody", limit) == []
-
-
-async def test_a_list_shows_where_each_job_is(store: Store, bench: Bench):
-    """A page of one's jobs would have to ask for each of them."""
-    before = await store.now_ms()
-    old = (await store.jobs.submit(Submission(kind="work"))).job_id
-    await bench.end("completed")
-    new = (await store.jobs.submit(Submission(kind="other"))).job_id
-    records, cursor = await store.jobs.recent("anonymous")
-    assert [(r.job_id, r.kind, r.status) for r in records] == [
-        (new, "other", "queued"),
-        (old, "work", "completed"),
-    ]
-    assert records[1] == await store.jobs.get(old)
-    assert before <= records[1].created_ms <= records[0].created_ms
-    assert cursor == ""
-
-
-async def test_a_job_that_is_gone_is_left_out(store: Store):
-    """A list would fail with the first job whose retention has passed."""
-    gone, stays = [(await store.jobs.submit(Submission(kind="work"))).job_id for _ in range(2)]
-    await store.jobs.cancel(gone)
-    await store.client.delete(keys.job_key(gone), f"{keys.job_key(gone)}:events")
-    assert await recent(store, "anonymous", 1) == [stays]
-
-
-async def test_many_events_lie_between_two_jobs(store: Store):
-    """A list would end, or read the whole feed, where one job made much progress."""
-    old = (await store.jobs.submit(Submission(kind="work"))).job_id
-    async with store.client.pipeline() as pipe:
-        for number in range(4500):
-            pipe.xadd("sj:{0}:owner:anonymous:events", {"e": f"{old} {number}-1 job.progress {{}}"})
-        await pipe.execute()
-    new = (await store.jobs.submit(Submission(kind="work"))).job_id
-    (only,), cursor = await store.jobs.recent("anonymous", limit=10)
-    assert only.job_id == new
-    assert cursor
-    assert await recent(store, "anonymous", 10) == [new, old]
-
-
-@pytest.mark.parametrize("cursor", ["x", "1-1", "1-1.", "-.1", "1-1.1\n", "9" * 400])
-async def test_a_cursor_that_is_none_is_refused(store: Store, cursor: str):
-    """A mistyped one would start over, or break the list."""
-    with pytest.raises(InvalidCursor):
-        await store.jobs.recent("anonymous", before=cursor)

@@ -675,8 +675,8 @@ async def test_a_pause_takes_effect_at_the_next_recorded_point(redis: RedisProce
 def test_settings_reach_a_worker_process_whole():
     """The harness passes settings by the environment: what it forgets would be tested with other values."""
     from streamjobs.config import Settings, load_settings
-    from tests.harness import _environment
+    from tests.harness import environment
 
     settings = Settings(redis_url="unix:///x", queues=("a", "b"), lease=1.25, priority_weights=(1, 0, 0))
-    env = {name: text for name, text in _environment(settings).items() if name.startswith("STREAMJOBS_")}
+    env = {name: text for name, text in environment(settings).items() if name.startswith("STREAMJOBS_")}
     assert msgspec.structs.asdict(load_settings(env)) == msgspec.structs.asdict(settings)

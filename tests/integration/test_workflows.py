@@ -868,3 +868,52 @@ async def test_a_queue_has_its_own_concurrency(redis: RedisProcess):
         await bench.healthy()
     assert most["documents"] == 2
     assert most["chat"] > 2
+
+
+# --- what a step says
+
+
+async def test_what_a_step_says_does_not_silence_what_comes_after(redis: RedisProcess):
+    """A log line would be swallowed in a replay, for each that a step had written before."""
+
+    async def talks(ctx: Context) -> None:
+        def loud() -> None:
+            for n in range(3):
+                ctx.log(f"in a thread {n}")
+
+        async def quiet() -> None:
+            ctx.log("in a step")
+            await ctx.artifact("made", "within")
+
+        await ctx.step(loud)
+        await ctx.step(quiet)
+        ctx.log("before")
+        await ctx.sleep(0.3)
+        ctx.log("after")
+        await ctx.artifact("made", "behind")
+
+    async with talking(redis.url, app=app_of("talks", talks), park_after=0.05) as bench:
+        job_id = await bench.submit("talks")
+        view = await bench.ended(job_id)
+        _, made = await bench.store.artifacts.get(job_id, "made")
+    said = [line.message for line in view.log_lines]
+    assert said == [*(f"in a thread {n}" for n in range(3)), "in a step", "before", "after"]
+    assert made == b"behind"
+
+
+async def test_a_step_may_not_ask_for_what_is_the_workflows(redis: RedisProcess):
+    """A step within a step would be asked for in the first run only, and the job would hang in the next."""
+
+    async def nests(ctx: Context) -> str:
+        async def inner() -> None:
+            await ctx.sleep(1.0)
+
+        try:
+            await ctx.step(inner)
+        except StepError as error:
+            return str(error)
+        return ""
+
+    async with talking(redis.url, app=app_of("nests", nests)) as bench:
+        view = await bench.ended(await bench.submit("nests"))
+    assert "within step 'inner'" in view.result, view.error

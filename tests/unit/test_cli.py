@@ -29,9 +29,10 @@ from streamjobs.config import Settings
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = [
-    "approve", "cancel", "dead", "demo", "deny", "dev", "doctor", "effects", "list", "log", "pause",
-    "provider", "queues", "rerun", "result", "resume", "schedules", "serve", "signal", "status", "strike",
-    "strikes", "submit", "unstrike", "watch", "worker", "workers",
+    "approve", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "list", "log",
+    "notifications", "pause", "projections", "projector", "provider", "queues", "rerun", "result", "resume",
+    "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit", "unstrike", "watch",
+    "webhooks", "worker", "workers",
 ]  # fmt: skip
 HEAVY = [
     "starlette",

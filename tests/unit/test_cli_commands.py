@@ -21,6 +21,14 @@ RESULT: dict[str, Any] = {
     "id": JOB, "kind": "work", "status": "completed", "summary": "", "output": "done\x1b[2J",
     "output_artifact": "", "artifacts": [], "metrics": {"steps": 2}, "error": None,
 }  # fmt: skip
+_TIMES = {"count": 4, "sum": 9.0, "buckets": {"0.5": 2, "1": 3, "5": 3}}
+STATS: dict[str, Any] = {
+    "kind": "chat", "queue": "bulk", "now": {"queued": 2, "running": 1}, "submitted": 9, "started": 9,
+    "completed": 4, "failed": 1, "cancelled": 1, "retries": 3, "crashes": 0, "turns": 4,
+    "input_tokens": 70, "output_tokens": 30, "reasoning_tokens": 0, "cached_tokens": 0,
+    "wait_seconds": _TIMES, "run_seconds": _TIMES | {"count": 3},
+    "first_token_seconds": {"count": 0, "sum": 0.0, "buckets": {"0.5": 0}},
+}  # fmt: skip
 ANSWERS: dict[str, Any] = {
     "GET /v1/jobs": {"jobs": [{"id": JOB, "kind": "work", "status": "failed", "queue": "bulk",
                                "created_ms": 1_760_000_000_000}], "cursor": "c9"},
@@ -46,6 +54,12 @@ ANSWERS: dict[str, Any] = {
                                      "draining": True}]},
     "GET /v1/strikes": {"strikes": [{"scope": "kind", "name": "work", "by": "olga", "reason": "moving",
                                      "since_ms": 1}]},
+    "GET /v1/projections": {"projections": [
+        {"name": "index", "notes": 3, "pending": 1, "seconds": 90.0, "consumers": 2, "quarantined": 1,
+         "rebuild": "asked", "errors": [{"job": JOB, "error": "Boom: x\ny", "seq": 4, "ts": 1}]}]},
+    "POST /v1/projections/index/rebuild": {"projection": "index", "rebuild": "asked"},
+    "POST /v1/projections/index/retry": {"projection": "index", "retried": 1},
+    "GET /v1/stats": {"stats": [STATS]},
     "PUT /v1/strikes/kind/work": {"changed": True},
     "DELETE /v1/strikes/kind/work": {"changed": False},
     "POST /v1/jobs": {"id": JOB, "kind": "work", "status": "queued", "cursor": "1-7"},
@@ -92,7 +106,7 @@ def invoke(*arguments: str, status: int = 0, stdin: str = "") -> Result:
     return result
 
 
-READING = ["list", "queues", "workers", "dead", "strikes"]
+READING = ["list", "queues", "workers", "dead", "strikes", "stats"]
 OF_A_JOB = ["log", "effects"]
 
 
@@ -102,7 +116,8 @@ def test_everything_is_readable_by_programs(gateway: Gateway, words: list[str]):
     path = f"/v1/jobs/{JOB}/{words[0]}" if len(words) > 1 else f"/v1/{words[0]}"
     answer = gateway.answers["GET /v1/jobs" if words == ["list"] else f"GET {path}"]
     shown = json.loads(invoke(*words, "--json").stdout)
-    assert shown in {"list": [answer], "dead": [answer]}.get(words[0], list(answer.values()))
+    whole = {"list": [answer], "dead": [answer], "stats": [answer]}
+    assert shown in whole.get(words[0], list(answer.values()))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +126,16 @@ def test_everything_is_readable_by_programs(gateway: Gateway, words: list[str]):
         (["list"], "JOB KIND STATUS QUEUE SUBMITTED", "j0-x work failed bulk 2025-10-"),
         (["queues"], "QUEUE WAITING HELD RUNNING OLDEST WAIT STRUCK", "bulk 12 1 3 4 min struck"),
         (["workers"], "WORKER HOST PID QUEUES RUNNING DONE SINCE STATE", "w1 h 7 a,b 3/400 99 19"),
+        (
+            ["stats"],
+            "KIND QUEUE NEW NOW DONE FAILED CANCELLED RETRIES CRASHES WAIT RUN TOKEN TOKENS",
+            "chat bulk 9 3 4 1 1 3 0 0.5s/more 0.5s/1s - 100",
+        ),
+        (
+            ["projections", "list"],
+            "PROJECTION BEHIND AGE PROJECTORS QUARANTINED REBUILD",
+            "index 3 90.0 s 2 1 asked",
+        ),
         (["strikes"], "SCOPE NAME SINCE BY REASON", "kind work 19"),
         (
             ["effects", JOB],
@@ -148,6 +173,43 @@ def test_a_page_says_that_there_is_more(gateway: Gateway):
     assert invoke("list").stderr == "more: --cursor c9\n"
     invoke("list", "--status", "failed", "--kind", "work", "--limit", "5", "--cursor", "c9")
     assert gateway.query == {"status": "failed", "kind": "work", "limit": "5", "cursor": "c9"}
+
+
+def test_filters_of_a_list_are_sent(gateway: Gateway):
+    """A filter that is lost on the way shows everything."""
+    counts = {"failed": 2, "queued": 1}
+    gateway.answers["GET /v1/jobs"] = {"jobs": [], "counts": counts, "cursor": ""}
+    shown = invoke("list", "--thread", "t", "--message", "m", "--queue", "q", "--until", "u", "--counts")
+    assert gateway.query == {"thread": "t", "message": "m", "queue": "q", "until": "u", "counts": "1",
+                             "limit": "20"}  # fmt: skip
+    assert shown.stderr == "no jobs\nfailed 2  queued 1\n"
+    invoke("list", "--since", "2h")
+    assert gateway.query["since"].startswith("20")
+
+
+def test_projections_are_looked_after(gateway: Gateway):
+    """Somebody at night has to see what is behind, and set it going again."""
+    assert invoke("projections", "lag").stdout == "index  3 notes  90.000 s\n"
+    lag = json.loads(invoke("projections", "lag", "--json").stdout)
+    assert lag == {"index": {"notes": 3, "seconds": 90.0}}
+    assert invoke("projections", "list").stderr == f"index  {JOB} at 4: Boom: x y\n"
+    assert json.loads(invoke("projections", "list", "--json").stdout)[0]["name"] == "index"
+    assert invoke("projections", "rebuild", "index").stdout == "index  a projector will rebuild it\n"
+    assert invoke("projections", "retry", "index").stdout == "index  1 jobs are looked at again\n"
+    assert json.loads(invoke("projections", "retry", "index", "--json").stdout)["retried"] == 1
+    assert json.loads(invoke("projections", "rebuild", "index", "--json").stdout)["rebuild"] == "asked"
+
+
+def test_statistics_come_in_steps(gateway: Gateway):
+    """Whether it has been getting worse could not be seen."""
+    gateway.answers["GET /v1/stats"] = {"step": "1h", "history": [
+        {"at_ms": 1_760_000_000_000, "stats": [STATS]}]}  # fmt: skip
+    header, row = invoke("stats", "--history", "1h", "--kind", "chat").stdout.splitlines()
+    assert header.split()[:2] == ["FROM", "KIND"]
+    assert row.startswith("2025-10-")
+    assert gateway.query == {"history": "1h", "kind": "chat"}
+    gateway.answers["GET /v1/stats"] = {"stats": []}
+    assert invoke("stats").stderr == "nothing was counted\n"
 
 
 # --- results

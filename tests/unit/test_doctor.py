@@ -9,7 +9,16 @@ import msgspec
 import pytest
 
 from streamjobs.cursor import Cursor
-from streamjobs.store.doctor import CHECKS, Head, Report, Violation, check_expiry, check_log, check_place
+from streamjobs.store.doctor import (
+    CHECKS,
+    Head,
+    Report,
+    Violation,
+    check_expiry,
+    check_log,
+    check_place,
+    check_sealed,
+)
 from streamjobs.store.log import Entry
 
 JOB = "j0-" + "a" * 26
@@ -214,7 +223,52 @@ def test_a_held_job_is_in_its_list():
     assert check_place(head("queued", has_ticket=False, held_score="1", fields={"held": "owner_limit"})) == []
 
 
+def sealed(*lines: str, **changes: Any) -> Head:
+    """The head of a job that runs, of which the first two events are sealed, in a segment each."""
+    index = "".join(f"{line}\n" for line in lines or ("1 1-100 30", "2 2-200 40"))
+    fields = {"sealed": "2-200", "snap": "2-200"} | changes.pop("fields", {})
+    healthy = {"first": "3-200", "length": 1, "history": ["1", "2", "index", "snap"], "history_ttl": -1}
+    return head("running", WHOLE[:3], index=index, fields=fields, **(healthy | changes))
+
+
+DAMAGED_HISTORIES = {
+    "an index that cannot be read": sealed("one two"),
+    "a hole between segments": sealed("1 1-100 30", "3 3-200 40"),
+    "a segment twice": sealed("1 1-100 30", "1 2-200 40"),
+    "no segments": sealed("", fields={"snap": ""}, history=[]),
+    "segments that nobody knows of": without(sealed(), "sealed", "snap"),
+    "sealed up to another history": sealed(fields={"sealed": "2-201", "snap": "2-201"}),
+    "a segment is gone": sealed(history=["2", "index", "snap"]),
+    "a segment too many": sealed(history=["1", "2", "7", "index", "snap"]),
+    "the snapshot is gone": sealed(history=["1", "2", "index"]),
+    "a snapshot that stands behind": sealed(fields={"snap": "1-100"}),
+    "the stream goes on too late": sealed(first="4-200"),
+    "the stream still has what is sealed": sealed(first="2-200"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_HISTORIES)
+def test_a_damaged_history_is_found(damage: str):
+    """What a trim took too much, or a segment lost, would be known when somebody replays it in a year."""
+    assert checks(check_sealed(DAMAGED_HISTORIES[damage])) == {"sealed_history"}
+
+
+def test_a_healthy_history_passes():
+    """The doctor would report every store that has been running for an hour."""
+    assert check_sealed(sealed()) == []
+    assert check_sealed(head("running", WHOLE[:3])) == []
+    assert check_log(sealed(), WHOLE[:3]) == []
+    whole = head(
+        "completed", index="1 4-200 99\n", fields={"sealed": "4-200"}, history=["4", "index"],
+        length=0, last="", log_ttl=-2, history_ttl=1000,
+    )  # fmt: skip
+    assert check_sealed(whole) + check_log(whole, WHOLE) + check_expiry(whole) == []
+
+
 DAMAGED_EXPIRY = {
+    "a history that stays": head("completed", history_ttl=-1),
+    "a live history that expires": head("running", history_ttl=1000),
+    "neither log nor history": head("completed", log_ttl=-2),
     "a live job that expires": head("running", ttl=1000),
     "a live log that expires": head("waiting", log_ttl=1000),
     "an ended job that stays": head("completed", ttl=-1, log_ttl=-1),
@@ -236,6 +290,7 @@ def test_every_check_of_one_job_is_made_to_fail_here():
     assert {check for check, _, _ in DAMAGED_LOGS.values()} | {
         "one_place",
         "one_expiry",
+        "sealed_history",
     } | of_the_store == set(CHECKS)
 
 

@@ -18,7 +18,7 @@ from streamjobs import events as ev
 from streamjobs.cursor import Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import ErrorInfo, Event, Usage
-from streamjobs.job import TRANSITIONS, Fold, InvalidTransition, JobView, Status
+from streamjobs.job import TRANSITIONS, Caps, Fold, InvalidTransition, JobView, Status
 
 ERROR = ErrorInfo("provider_error", "503", True)
 QUEUED = ev.JobQueued(ts=1, kind="chat", owner="anna", input=msgspec.Raw(b'{"prompt":"Hi"}'))
@@ -144,8 +144,11 @@ STORIES: dict[str, tuple[list[Event], dict[str, Any]]] = {
 }
 
 
-def folded(events: list[Event]) -> Fold:
-    fold = Fold("j0-x")
+CAPS = Caps()
+
+
+def folded(events: list[Event], caps: Caps = CAPS) -> Fold:
+    fold = Fold("j0-x", caps)
     for seq, event in enumerate(events, 1):
         fold.apply(Cursor(seq, 7), event)
     return fold
@@ -505,7 +508,7 @@ def test_folding_n_events_costs_n():
     calls = [event for i in range(n) for event in (
         ev.ToolCalled(call_id=Counted(f"c{i}"), tool="t", turn=1), ev.ToolCompleted(call_id=Counted(f"c{i}")),
     )]  # fmt: skip
-    view = folded([*TURN, *deltas, *steps, *calls]).view()
+    view = folded([*TURN, *deltas, *steps, *calls], Caps(steps=2 * n)).view()
     assert len(view.text) == 2 * n
     assert (len(view.steps), len(view.tool_calls)) == (n, n)
     assert Counted.sums == 0

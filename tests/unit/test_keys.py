@@ -17,6 +17,7 @@ JOB = "j3-abcdefghijklmnopqrstuvwxy2"
 NAMES = {
     f"sj:{{3}}:job:{JOB}": ("hash", "job"),
     f"sj:{{3}}:job:{JOB}:events": ("stream", "job"),
+    f"sj:{{3}}:job:{JOB}:sealed": ("hash", "job"),
     f"sj:{{3}}:job:{JOB}:children": ("set", "job"),
     f"sj:{{3}}:job:{JOB}:seen": ("set", "job"),
     f"sj:{{3}}:job:{JOB}:artifacts": ("hash", "job"),
@@ -34,6 +35,15 @@ NAMES = {
     "sj:{0}:counts": ("hash", "forever"),
     "sj:{0}:sweep": ("hash", "forever"),
     "sj:{0}:feed": ("stream", "capped"),
+    "sj:{0}:projections": ("hash", "forever"),
+    "sj:{0}:quarantine:index": ("hash", "capped"),
+    "sj:{0}:rebuilding:index": ("string", "ttl"),
+    "sj:{0}:index:anna": ("zset", "live"),
+    "sj:{0}:indexed:anna": ("hash", "live"),
+    "sj:{0}:indexed_counts:anna": ("hash", "live"),
+    "sj:{0}:indexes": ("zset", "live"),
+    "sj:{0}:totals:1": ("hash", "forever"),
+    "sj:{0}:history:1:fine:1760000000000": ("hash", "ttl"),
     "sj:{0}:owner:anna:events": ("stream", "ttl"),
     "sj:{0}:rate:anna": ("string", "ttl"),
     "sj:{0}:bucket:tool:search": ("string", "ttl"),
@@ -43,6 +53,13 @@ NAMES = {
     "sj:{0}:schedule:s0-abcdefghijklmnopqrstuvwxy2": ("hash", "live"),
     "sj:{0}:schedules": ("zset", "live"),
     "sj:{0}:owner:anna:schedules": ("zset", "live"),
+    "sj:{0}:ended": ("zset", "live"),
+    "sj:{0}:notices:anna": ("stream", "ttl"),
+    "sj:{0}:unread:anna": ("zset", "ttl"),
+    "sj:{0}:webhooks:anna": ("hash", "live"),
+    "sj:{0}:deliveries": ("zset", "live"),
+    "sj:{0}:delivery:msg_abc": ("hash", "ttl"),
+    "sj:{0}:undelivered:wh_abc": ("zset", "ttl"),
 }
 
 

@@ -48,6 +48,20 @@ def resume(job_id: str, reason: str, as_json: bool, url: str, owner: str) -> Non
 
 @click.command()
 @click.argument("job_id")
+@json_option
+@gateway_options
+def delete(job_id: str, as_json: bool, url: str, owner: str) -> None:
+    """Forget an ended job, and everything of it, now.
+
+    \b
+    streamjobs delete JOB_ID
+    """
+    ask(url, owner, lambda client: client.delete(job_id))
+    _say({"id": job_id, "deleted": True}, as_json, "deleted")
+
+
+@click.command()
+@click.argument("job_id")
 @click.argument("name")
 @click.option("--payload", help="What to send, as JSON; - reads it from standard input.")
 @click.option("--key", default="", help="The same key is the same signal: it may be sent again.")

@@ -14,8 +14,11 @@ import msgspec
 from streamjobs.app import App, load_app
 from streamjobs.config import Settings
 from streamjobs.gateway.app import Stop, serve
+from streamjobs.projections import build
+from streamjobs.projections.runner import Runner
 from streamjobs.store import Store
 from streamjobs.store.embedded import RedisServer, embedded_redis
+from streamjobs.store.sweeper import Sweeper
 from streamjobs.testing import ScriptedProvider
 from streamjobs.worker.worker import Worker
 
@@ -44,6 +47,39 @@ async def run_worker(settings: Settings, app: App, queues: Sequence[str]) -> Non
         await store.aclose()
 
 
+async def run_projector(settings: Settings) -> None:
+    """Run the settings' projections, and sweep, until told to drain; a second signal drops everything."""
+    store = await Store.open(settings)
+    try:
+        runner = Runner(store, build(settings.projections, store))
+        running = asyncio.create_task(runner.run(), name="projector")
+        sweeping = asyncio.create_task(Sweeper(store).run(), name="sweep")
+        with _two_signals(runner.drain, running.cancel):
+            try:
+                await running
+            finally:
+                sweeping.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await sweeping
+    except asyncio.CancelledError:
+        raise click.exceptions.Exit(_DROPPED) from None
+    finally:
+        await store.aclose()
+
+
+@contextlib.asynccontextmanager
+async def projecting(store: Store, on_end: Callable[[], object]) -> AsyncGenerator[None]:
+    """Run the store's projections within this process; `on_end` hears of their end, whatever it is."""
+    runner = Runner(store, build(store.settings.projections, store))
+    running = asyncio.create_task(runner.run(), name="projector")
+    running.add_done_callback(lambda _: on_end())
+    try:
+        yield
+    finally:
+        runner.drain()
+        await running
+
+
 @contextlib.contextmanager
 def _two_signals(first: Callable[[], object], second: Callable[[], object]) -> Generator[None, None, None]:
     """Call `first` on the first SIGTERM or SIGINT, `second` on any further one."""
@@ -64,7 +100,7 @@ def _two_signals(first: Callable[[], object], second: Callable[[], object]) -> G
 
 
 async def run_dev(settings: Settings, target: str | None) -> None:
-    """Run gateway and worker over a private Redis until told to stop."""
+    """Run gateway, worker and projector over a private Redis until told to stop."""
     app = chosen_app(target)
     async with local_redis(settings) as (settings, redis), local_provider(settings) as settings:
         store = await Store.open(settings)
@@ -73,7 +109,10 @@ async def run_dev(settings: Settings, target: str | None) -> None:
             working = asyncio.create_task(worker.run(), name="worker")
             working.add_done_callback(lambda _: stop.asked.set())
             try:
-                await serve(settings, app, store=store, stop=stop, on_ready=lambda url: _greet(url, redis))
+                async with projecting(store, stop.asked.set):
+                    await serve(
+                        settings, app, store=store, stop=stop, on_ready=lambda url: _greet(url, redis)
+                    )
             finally:
                 worker.drain()
                 await working

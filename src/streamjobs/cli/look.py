@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamjobs.cli.control import since_when
 from streamjobs.cli.options import ask, gateway_options, json_option
 from streamjobs.cli.output import in_line, json_text, print_json, print_table, printable, when, why
 
@@ -22,26 +23,34 @@ _STATUSES = (
 @click.command("list")
 @click.option("--status", default="", type=click.Choice(("", *_STATUSES)), help="Only those.")
 @click.option("--kind", default="", help="Only those.")
+@click.option("--queue", default="", help="Only those.")
+@click.option("--thread", default="", help="Only those of this thread.")
+@click.option("--message", default="", help="Only those of this message.")
+@click.option("--since", default="", help="Submitted since then; 2h, 30m, 1d or an RFC 3339 time.")
+@click.option("--until", default="", help="Submitted before then.")
+@click.option("--counts", is_flag=True, help="Also say how many of all the owner's jobs are where.")
 @click.option("--limit", type=int, default=20, show_default=True, help="At most so many.")
 @click.option("--cursor", default="", help="Go on behind an earlier answer's cursor.")
 @json_option
 @gateway_options
-def list_jobs(
-    status: str, kind: str, limit: int, cursor: str, as_json: bool, url: str, owner: str
-) -> None:  # fmt: skip
-    """List the owner's recent jobs, newest first.
+def list_jobs(as_json: bool, url: str, owner: str, counts: bool, **where: Any) -> None:
+    """List the owner's jobs, newest first.
 
     \b
     streamjobs list --status failed --limit 50
+    streamjobs list --thread t-17 --since 1d
     streamjobs list --owner alice --json | jq .jobs[].id
     """
-    answer = ask(url, owner, lambda client: client.jobs(status=status, kind=kind, limit=limit, cursor=cursor))
+    where |= {name: since_when(where[name]) for name in ("since", "until")}
+    answer = ask(url, owner, lambda client: client.jobs(**where, counts=int(counts) or None))
     if as_json:
         print_json(answer)
         return
     rows = [(job["id"], job["kind"], job["status"], job["queue"], when(job["created_ms"]))
             for job in answer["jobs"]]  # fmt: skip
     print_table(("JOB", "KIND", "STATUS", "QUEUE", "SUBMITTED"), rows, "no jobs")
+    if counts:
+        click.echo("  ".join(f"{status} {n}" for status, n in answer["counts"].items()), err=True)
     if answer["cursor"]:
         click.echo(f"more: --cursor {answer['cursor']}", err=True)
 

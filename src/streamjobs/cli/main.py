@@ -15,7 +15,9 @@ from streamjobs.cli import control, look, operate
 from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.jobs import cancel, status, submit, watch
-from streamjobs.cli.roles import dev, provider, serve, worker
+from streamjobs.cli.notices import notifications, webhooks
+from streamjobs.cli.projections import projections, stats
+from streamjobs.cli.roles import dev, projector, provider, serve, worker
 from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
 
@@ -43,10 +45,12 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 for command in (
-    dev, demo, serve, worker, provider, doctor, schedules,
+    dev, demo, serve, worker, projector, provider, doctor, schedules, projections, stats,
+    notifications, webhooks,
     submit, watch, status, cancel,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,
+    control.delete,
     operate.queues, operate.workers, operate.dead, operate.strike, operate.unstrike, operate.strikes,
 ):  # fmt: skip
     cli.add_command(command)

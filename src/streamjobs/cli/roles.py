@@ -1,4 +1,4 @@
-"""Commands that run a role: dev (all of them), serve, worker, provider."""
+"""Commands that run a role: dev (all of them), serve, worker, projector, provider."""
 
 from __future__ import annotations
 
@@ -92,6 +92,28 @@ def worker(
             f"not a declared queue: {', '.join(unknown)} (setting queues: {', '.join(settings.queues)})"
         )
     run(run_worker(settings, chosen_app(app), queues))
+
+
+@click.command()
+@click.option(
+    "--projection", "names", multiple=True, help="A projection to run; may be repeated. Default: the setting."
+)
+@settings_options
+def projector(
+    names: tuple[str, ...], redis_url: str | None, config: Path | None, assignments: tuple[str, ...]
+) -> None:
+    """Run projections until SIGTERM: what lists, statistics and notifications show.
+
+    Any number of projectors share the work; what one leaves behind, another takes over.
+
+    \b
+    streamjobs projector --redis-url redis://redis:6379
+    streamjobs projector --projection index --projection stats
+    """
+    from streamjobs.cli.local import run_projector
+
+    settings = read_settings(redis_url, config, assignments, projections=list(names) or None)
+    run(run_projector(require_redis(settings)))
 
 
 @click.command()

@@ -22,7 +22,7 @@ import msgspec
 
 from streamjobs.app import App
 from streamjobs.cli.doctor import print_report
-from streamjobs.cli.local import has_provider, local_provider, local_redis
+from streamjobs.cli.local import has_provider, local_provider, local_redis, projecting
 from streamjobs.cli.show import Screen
 from streamjobs.client import Client, WatchedEvent
 from streamjobs.config import PREFIX, Settings
@@ -122,7 +122,8 @@ class Showcase:
                 await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
                 if serving.done():
                     serving.result()
-                return await self._show(store, str(ready.result()), stop)
+                async with projecting(store, stop.asked.set):
+                    return await self._show(store, str(ready.result()), stop)
             finally:
                 stop.asked.set()
                 stop.hurried.set()

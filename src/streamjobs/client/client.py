@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 from streamjobs.client.handle import ENDED, Handle
+from streamjobs.client.notices import NotificationsClient, WebhooksClient
 from streamjobs.client.schedules import SchedulesClient
 from streamjobs.cursor import Cursor, parse_cursor
 from streamjobs.errors import Invalid, InvalidCursor, StreamjobsError
@@ -84,6 +85,8 @@ class Client:
             raise GatewayUnreachable(f"not an address: {base_url} ({error})") from error
         self._patience = patience
         self.schedules = SchedulesClient(self._call)
+        self.notifications = NotificationsClient(self._call)
+        self.webhooks = WebhooksClient(self._call)
 
     async def __aenter__(self) -> Self:
         return self
@@ -185,12 +188,13 @@ class Client:
         """The content of something that a job made; its media type is in the view's `artifacts`."""
         return (await self._request("GET", f"{_path(job_id)}/artifacts/{quote(name, safe='')}")).content
 
-    async def jobs(
-        self, *, status: str = "", kind: str = "", limit: int = 50, cursor: str = ""
-    ) -> dict[str, Any]:
-        """One page of the owner's recent jobs, newest first: `jobs`, and the `cursor` of the next page."""
-        return await self._call("GET", "/v1/jobs", params=_given(status=status, kind=kind, limit=limit,
-                                                                 cursor=cursor))  # fmt: skip
+    async def jobs(self, **where: Any) -> dict[str, Any]:
+        """One page of the owner's jobs, newest first: `jobs`, and the `cursor` of the next page.
+
+        `where`: status, kind, queue, thread, message, since, until, limit, cursor; with counts=1 the answer
+        has `counts` of all the owner's jobs by status.
+        """
+        return await self._call("GET", "/v1/jobs", params=_given(**where))
 
     # --- act
 
@@ -219,6 +223,10 @@ class Client:
         """Say no to the approval of that `request` key, or to the oldest that waits."""
         return await self.signal(job_id, "deny", {"comment": comment, "key": request}, key=key)
 
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job, and everything of it, now."""
+        await self._call("DELETE", _path(job_id))
+
     # --- operate
 
     async def workers(self) -> list[dict[str, Any]]:
@@ -228,6 +236,25 @@ class Client:
     async def queues(self) -> list[dict[str, Any]]:
         """What waits in each queue, and since when."""
         return (await self._call("GET", "/v1/queues"))["queues"]
+
+    async def stats(self, **where: Any) -> dict[str, Any]:
+        """What was counted for each kind and queue: `stats`, or `history` in steps.
+
+        `where`: kind, queue, history (5m or 1h), since.
+        """
+        return await self._call("GET", "/v1/stats", params=_given(**where))
+
+    async def projections(self) -> list[dict[str, Any]]:
+        """How far each projection is behind, and on which jobs it failed."""
+        return (await self._call("GET", "/v1/projections"))["projections"]
+
+    async def rebuild_projection(self, name: str) -> dict[str, Any]:
+        """Have a projection made anew from the logs."""
+        return await self._post(f"/v1/projections/{quote(name, safe='')}/rebuild", {})
+
+    async def retry_projection(self, name: str) -> dict[str, Any]:
+        """Let a projection look again at the jobs on which it failed; `retried` says how many."""
+        return await self._post(f"/v1/projections/{quote(name, safe='')}/retry", {})
 
     async def workflows(self) -> list[dict[str, Any]]:
         """Every kind of job that may be submitted."""

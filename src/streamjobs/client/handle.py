@@ -115,6 +115,10 @@ class Handle:
         """Say no to the approval of that `request` key, or to the oldest that waits."""
         await self._client.deny(self.id, comment, request=request)
 
+    async def delete(self) -> None:
+        """Forget the ended job, and everything of it, now."""
+        await self._client.delete(self.id)
+
     async def rerun(self, *, key: str = "") -> Handle:
         """Submit the ended job again, as a new one that is linked to it."""
         return await self._client.rerun(self.id, key=key)

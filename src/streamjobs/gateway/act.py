@@ -1,9 +1,9 @@
-"""Act on a job: cancel, signal, approve, pause, resume, run again.
+"""Act on a job: cancel, signal, approve, pause, resume, run again, delete.
 
 Rule 1: each may be sent again: cancel by its nature, the others with a key (a signal's own `key`, the
 `Idempotency-Key` of the rest). A repeat does nothing and says so.
 Rule 2: a job that has ended takes nothing more: 409 `job_ended`, and `job_status` says how it ended. Only
-then it may be run again, as another job.
+then it may be run again, as another job, or be deleted.
 Rule 3: in the log a decision has one form, whatever form was sent; what decides nothing is refused here,
 where somebody can still correct it.
 """
@@ -65,6 +65,7 @@ class ActRoutes:
             Route(f"{job}/pause", self.pause, methods=["POST"]),
             Route(f"{job}/resume", self.resume, methods=["POST"]),
             Route(f"{job}/rerun", self.rerun, methods=["POST"]),
+            Route(job, self.delete, methods=["DELETE"]),
         ]
 
     async def cancel(self, request: Request) -> Response:
@@ -119,6 +120,12 @@ class ActRoutes:
             headers["Idempotent-Replayed"] = "true"
         made = await self._store.jobs.get(receipt.job_id)
         return accepted(made.job_id, made.kind, made.status, made.last, headers, rerun_of=job_id)
+
+    async def delete(self, request: Request) -> Response:
+        """Forget an ended job, and everything of it, now."""
+        job_id: str = request.path_params["id"]
+        await self._store.retention.delete(job_id)
+        return answer({"id": job_id, "deleted": True})
 
     async def _reason(self, request: Request) -> str:
         body = await self._body(request)

@@ -26,6 +26,7 @@ from streamjobs.gateway.events import Events
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.look import LookRoutes
+from streamjobs.gateway.notices import NoticeRoutes
 from streamjobs.gateway.operate import OperateRoutes
 from streamjobs.gateway.probes import Probes
 from streamjobs.gateway.schedules import ScheduleRoutes
@@ -54,6 +55,7 @@ class Gateway:
             Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
             *ActRoutes(store, self.hub.snapshots, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
+            *NoticeRoutes(store, settings).routes(),
             *CatalogRoutes(registry).routes(),
             *OperateRoutes(store, settings).routes(),
         ]

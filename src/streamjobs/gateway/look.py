@@ -1,6 +1,7 @@
 """Look at one job: its view, its result, its log for people, its effects, what it made; and the owner's jobs.
 
-Rule 1: everything here is folded from the log and never older than what the store holds.
+Rule 1: everything here is folded from the log and never older than what the store holds, but for the list of
+jobs, which a projection keeps: it may be a moment behind.
 Rule 2: waiting is watching: no polling, and a drain ends it early.
 Rule 3: what a job made is foreign content: it is given away as a download, in a sandbox.
 """
@@ -20,14 +21,21 @@ from streamjobs.effects import Ledger
 from streamjobs.events import JobLog, decode_event
 from streamjobs.gateway.answers import answer, etag, viewed
 from streamjobs.gateway.hub import Hub
-from streamjobs.gateway.requests import Label, is_known, owner_of, parameters_of, seconds_of, seq_of
+from streamjobs.gateway.requests import (
+    Instant,
+    Label,
+    is_known,
+    ms_of,
+    owner_of,
+    parameters_of,
+    seconds_of,
+    seq_of,
+)
 from streamjobs.job import Status
-from streamjobs.store import JobRecord, Store
+from streamjobs.store import JobFilter, JobRecord, Store
 
 _LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 4}
 _MAX_LINES = 10_000
-_MAX_PAGES = 10
-"""Pages that one request for a list looks through for what fits its filter."""
 
 
 class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,12 +50,26 @@ class JobsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     status: Status | None = None
     kind: Label = ""
+    queue: Label = ""
+    thread: Label = ""
+    message: Label = ""
+    since: Instant | None = None
+    until: Instant | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 50
     cursor: Label = ""
+    counts: Literal[0, 1] = 0
 
-    def fits(self, job: JobRecord) -> bool:
-        """Whether a job is among them."""
-        return self.status in {None, job.status} and self.kind in {"", job.kind}
+    def where(self) -> JobFilter:
+        """The filter as the store takes it."""
+        return JobFilter(
+            status=self.status or "",
+            kind=self.kind,
+            queue=self.queue,
+            thread_id=self.thread,
+            message_id=self.message,
+            since_ms=ms_of(self.since),
+            until_ms=ms_of(self.until),
+        )
 
 
 class LookRoutes:
@@ -71,17 +93,13 @@ class LookRoutes:
         ]
 
     async def jobs(self, request: Request) -> Response:
-        """The owner's recent jobs, newest first. A page may be short; the last has no cursor."""
-        asked = parameters_of(request, JobsQuery)
-        found, cursor = list[dict[str, Any]](), asked.cursor
-        for _ in range(_MAX_PAGES):
-            page, cursor = await self._store.jobs.recent(
-                owner_of(request), limit=asked.limit - len(found), before=cursor
-            )
-            found += [_head_of(job) for job in page if asked.fits(job)]
-            if not cursor or len(found) == asked.limit:
-                break
-        return answer({"jobs": found, "cursor": cursor})
+        """The owner's jobs, newest first. A page may be short; the last has no cursor."""
+        asked, owner = parameters_of(request, JobsQuery), owner_of(request)
+        jobs, cursor = await self._store.index.page(
+            owner, asked.where(), limit=asked.limit, before=asked.cursor
+        )
+        counts = {"counts": await self._store.index.counts(owner)} if asked.counts else {}
+        return answer({"jobs": jobs, "cursor": cursor} | counts)
 
     async def view(self, request: Request) -> Response:
         """Show a job: as it stands, `?at=<seq>` as it stood, `?wait=N` at its end, `&after=` at news."""
@@ -152,19 +170,6 @@ class LookRoutes:
             return record
         await self._hub.wait_for(record.job_id, seconds, after)
         return await self._store.jobs.get(record.job_id)
-
-
-def _head_of(job: JobRecord) -> dict[str, Any]:
-    return {
-        "id": job.job_id,
-        "kind": job.kind,
-        "status": job.status,
-        "owner": job.owner,
-        "queue": job.queue,
-        "created_ms": job.created_ms,
-        "cursor": str(job.last),
-        "cancel_requested": job.cancel_requested,
-    }
 
 
 def _line(cursor: Cursor, line: JobLog) -> dict[str, Any]:

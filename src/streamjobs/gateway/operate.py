@@ -10,7 +10,6 @@ Rule 2: running dead jobs again may be sent again with its key: what it has run 
 from __future__ import annotations
 
 import secrets
-from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
@@ -19,15 +18,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from streamjobs.config import Settings
+from streamjobs.errors import ProjectionNotFound
 from streamjobs.gateway.answers import answer
 from streamjobs.gateway.body import decode_body, fields_of, read_body
-from streamjobs.gateway.requests import Label, Reason, idempotency_key, owner_of, parameters_of
-from streamjobs.store import Store
+from streamjobs.gateway.requests import (
+    Instant,
+    Label,
+    Reason,
+    idempotency_key,
+    ms_of,
+    owner_of,
+    parameters_of,
+)
+from streamjobs.gateway.statistics import described
+from streamjobs.store import Step, Store
 from streamjobs.store.dead import DeadFilter
 
 _MAX_DEAD = 1000
 
-Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=_MAX_DEAD)]
 
 
@@ -49,8 +57,8 @@ class DeadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             kind=self.kind,
             queue=self.queue,
             code=self.code,
-            since_ms=_ms_of(self.since),
-            until_ms=_ms_of(self.until),
+            since_ms=ms_of(self.since),
+            until_ms=ms_of(self.until),
         )
 
 
@@ -58,6 +66,15 @@ class DeadQuery(DeadRequest, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The same for one page of the list, behind `cursor`."""
 
     cursor: Label = ""
+
+
+class StatsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which statistics: of a kind, of a queue, and as they came about, from `since` on."""
+
+    kind: Label = ""
+    queue: Label = ""
+    history: Step | None = None
+    since: Instant | None = None
 
 
 class StrikeName(msgspec.Struct, frozen=True):
@@ -86,6 +103,10 @@ class OperateRoutes:
         return [
             Route("/v1/workers", self.workers, methods=["GET"]),
             Route("/v1/queues", self.queues, methods=["GET"]),
+            Route("/v1/stats", self.stats, methods=["GET"]),
+            Route("/v1/projections", self.projections, methods=["GET"]),
+            Route("/v1/projections/{name}/rebuild", self.rebuild, methods=["POST"]),
+            Route("/v1/projections/{name}/retry", self.retry, methods=["POST"]),
             Route("/v1/dead", self.dead, methods=["GET"]),
             Route("/v1/dead/rerun", self.rerun_dead, methods=["POST"]),
             Route("/v1/strikes", self.strikes, methods=["GET"]),
@@ -102,6 +123,21 @@ class OperateRoutes:
     async def queues(self, _request: Request) -> Response:
         """What waits, is held and runs in each queue; `oldest_wait` in seconds."""
         return answer({"queues": await self._store.queues.all()})
+
+    async def stats(self, request: Request) -> Response:
+        """What was counted for each kind and queue; with `?history=` step by step."""
+        asked = parameters_of(request, StatsQuery)
+        if asked.history is None:
+            return answer({"stats": described(await self._store.stats.totals(), asked.kind, asked.queue)})
+        steps = await self._store.stats.history(asked.history, ms_of(asked.since))
+        history = [
+            {"at_ms": at_ms, "stats": described(totals, asked.kind, asked.queue)} for at_ms, totals in steps
+        ]
+        return answer({"step": asked.history, "history": [step for step in history if step["stats"]]})
+
+    async def projections(self, _request: Request) -> Response:
+        """How far each projection is behind, and on which jobs it failed."""
+        return answer({"projections": await self._store.feed.all()})
 
     async def dead(self, request: Request) -> Response:
         """Failed jobs that nobody ran again, newest first. A page may be short; the last has no cursor."""
@@ -125,6 +161,23 @@ class OperateRoutes:
         rerun = [{"from": old, "to": new} for old, new in pairs]
         return answer({"rerun": rerun, "count": len(rerun)})
 
+    async def rebuild(self, request: Request) -> Response:
+        """Have a projection made anew from the logs; a projector does it, soon."""
+        name = await self._projection(request)
+        await self._store.feed.ask_rebuild(name)
+        return answer({"projection": name, "rebuild": "asked"})
+
+    async def retry(self, request: Request) -> Response:
+        """Let a projection look again at the jobs on which it failed."""
+        name = await self._projection(request)
+        return answer({"projection": name, "retried": len(await self._store.feed.retry(name))})
+
+    async def _projection(self, request: Request) -> str:
+        name: str = request.path_params["name"]
+        if name not in {info.name for info in await self._store.feed.all()}:
+            raise ProjectionNotFound("no such projection")
+        return name
+
     async def strike(self, request: Request) -> Response:
         """Stop a queue, a kind or a tool for the whole fleet."""
         what = fields_of(request.path_params, StrikeName)
@@ -143,7 +196,3 @@ class OperateRoutes:
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.scope, request.receive, self._settings.max_body)
-
-
-def _ms_of(instant: datetime | None) -> int:
-    return 0 if instant is None else max(0, round(instant.timestamp() * 1000))

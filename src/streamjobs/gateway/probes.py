@@ -9,6 +9,7 @@ With `ready_timeout` set, readiness ends once Redis has been away for that long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -17,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from streamjobs import metrics
-from streamjobs.errors import StoreUnavailable
+from streamjobs.errors import StoreUnavailable, StreamjobsError
 from streamjobs.gateway.hub import Hub
 from streamjobs.store import Store
 
@@ -55,7 +56,10 @@ class Probes:
         return PlainTextResponse("Redis is away\n", 503)
 
     async def metrics(self, _request: Request) -> Response:
-        """Everything in `streamjobs.metrics`."""
+        """Everything in `streamjobs.metrics`; how far projections are as of now, or as last known."""
+        with contextlib.suppress(StreamjobsError, TimeoutError):
+            async with asyncio.timeout(PING_TIMEOUT):
+                await self._store.feed.report()
         return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
     async def _reach(self) -> bool:

@@ -8,6 +8,7 @@ authentication, for networks where nobody but a trusted proxy sets it.
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -22,6 +23,8 @@ OWNER_HEADER = "x-streamjobs-owner"
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10 * 365 * 86400)]
 Label = Annotated[str, msgspec.Meta(max_length=200, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+"""RFC 3339, with a zone."""
 Reason = Annotated[str, msgspec.Meta(max_length=1000)]
 
 Fields = TypeVar("Fields")
@@ -70,6 +73,11 @@ def seq_of(field: str, text: str) -> int:
     if not _SEQ.fullmatch(text):
         raise Invalid(f"{field}: the number of an event, at least 1")
     return int(text)
+
+
+def ms_of(instant: datetime | None) -> int:
+    """An instant in ms, 0 for none."""
+    return 0 if instant is None else max(0, round(instant.timestamp() * 1000))
 
 
 def is_known(if_none_match: str, cursor: Cursor) -> bool:

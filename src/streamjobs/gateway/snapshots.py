@@ -2,7 +2,9 @@
 
 Rule 1: a fold is kept for `RETAIN` seconds after its last use, so that a crowd costs one fold and then
 only what is new; `forget` frees it at once.
-Rule 2: a reader that must see its own writes says how far it has seen; an older view is not given to it.
+Rule 2: a job that nobody here has folded is taken up from its stored snapshot: the cost is its state's, not
+its log's.
+Rule 3: a reader that must see its own writes says how far it has seen; an older view is not given to it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import NamedTuple
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import encode_json
+from streamjobs.gateway.coding import Shared
+from streamjobs.gateway.sse import snapshot_frame
 from streamjobs.job import Fold
-from streamjobs.store import Log
+from streamjobs.store import Page, Store
 
 RETAIN = 5.0
 KEEP = 256
@@ -23,10 +27,11 @@ KEEP = 256
 
 
 class Snapshot(NamedTuple):
-    """A job's view as JSON, and the event it stands at."""
+    """A job's view as JSON, the event it stands at, and both as a frame for all streams that begin there."""
 
     cursor: Cursor
     view: bytes
+    frame: Shared
 
 
 class _Kept(NamedTuple):
@@ -38,8 +43,9 @@ class _Kept(NamedTuple):
 class Snapshots:
     """Folds logs, one at a time for each job."""
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
+    def __init__(self, store: Store) -> None:
+        self._log = store.log
+        self._stored = store.snapshots
         self._kept: dict[str, _Kept] = {}
         self._folding: dict[str, asyncio.Task[Snapshot]] = {}
 
@@ -58,12 +64,16 @@ class Snapshots:
 
     async def at(self, job_id: str, seq: int) -> Snapshot:
         """The view of a job as it stood at event `seq`. Raises `Invalid` beyond the log's end."""
-        fold = Fold(job_id)
-        async for page in self._log.pages(job_id):
+        fold, page, *_ = await self._stored.load(job_id)
+        if fold.cursor.seq > seq:  # the snapshot is a later one
+            fold, page = Fold(job_id, self._stored.caps), await self._log.page(job_id)
+        while True:
             fold.apply_all(entry for entry in page.entries if entry.cursor.seq <= seq)
             if fold.cursor.seq == seq:
                 return _snapshot_of(fold)
-        raise Invalid(f"at: the log ends at {fold.cursor.seq}")
+            if page.is_up_to_date:
+                raise Invalid(f"at: the log ends at {fold.cursor.seq}")
+            page = await self._log.page(job_id, fold.cursor)
 
     def forget(self, job_id: str) -> None:
         """Free what is kept of a job."""
@@ -85,21 +95,29 @@ class Snapshots:
     async def _fold(self, job_id: str) -> Snapshot:
         try:
             kept = self._kept.pop(job_id, None)
-            fold = kept.fold if kept else Fold(job_id)
-            known = fold.cursor
-            fold = await self._continue(fold, job_id)
+            known = kept.snapshot.cursor if kept else None
+            fold = await self._up_to_date(job_id, kept.fold if kept else None)
             snapshot = kept.snapshot if kept and fold.cursor == known else _snapshot_of(fold)
             self._keep(job_id, _Kept(fold, snapshot, time.monotonic()))
             return snapshot
         finally:
             del self._folding[job_id]
 
-    async def _continue(self, fold: Fold, job_id: str) -> Fold:
-        async for page in self._log.pages(job_id, fold.cursor):
-            if not page.found:
-                return await self._continue(Fold(job_id), job_id)
+    async def _up_to_date(self, job_id: str, kept: Fold | None) -> Fold:
+        """A fold that stands at the log's end; one whose position is not in the log is not gone on with."""
+        fold, page = await self._start(job_id, kept)
+        while page.found:
             fold.apply_all(page.entries)
-        return fold
+            if page.is_up_to_date:
+                return fold
+            page = await self._log.page(job_id, fold.cursor)
+        return await self._up_to_date(job_id, None)
+
+    async def _start(self, job_id: str, kept: Fold | None) -> tuple[Fold, Page]:
+        if kept is not None:
+            return kept, await self._log.page(job_id, kept.cursor)
+        stored = await self._stored.load(job_id)
+        return stored.fold, stored.page
 
     def _keep(self, job_id: str, kept: _Kept) -> None:
         if len(self._kept) >= KEEP:
@@ -108,7 +126,8 @@ class Snapshots:
 
 
 def _snapshot_of(fold: Fold) -> Snapshot:
-    return Snapshot(fold.cursor, encode_json(fold.view()))
+    view = encode_json(fold.view())
+    return Snapshot(fold.cursor, view, Shared(snapshot_frame(fold.cursor, view)))
 
 
 def _retrieve(task: asyncio.Task[Snapshot]) -> None:

@@ -13,15 +13,23 @@ from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.dead import Dead, DeadFilter, DeadJob
+from streamjobs.store.deliveries import Claimed, Deliveries, Undelivered
+from streamjobs.store.feed import Feed, GroupLag, Notes, ProjectionInfo, Quarantined
+from streamjobs.store.index import Index, JobFilter, ListedJob
 from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
+from streamjobs.store.notices import News, Notice, Notices, Posting
 from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
+from streamjobs.store.retention import Retention
 from streamjobs.store.schedules import ScheduleRecord, Schedules
 from streamjobs.store.scripts import Limits, Scripts, is_plain, text, translated
+from streamjobs.store.snapshots import Sealed, Snapshots, Stored
+from streamjobs.store.stats import Counted, Stats, Step, Totals
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
+from streamjobs.store.webhooks import WebhookRecord, Webhooks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
 
@@ -29,27 +37,48 @@ __all__ = [
     "Answer",
     "Artifacts",
     "Batch",
+    "Claimed",
+    "Counted",
     "Dead",
     "DeadFilter",
     "DeadJob",
+    "Deliveries",
     "Entry",
+    "Feed",
+    "GroupLag",
+    "Index",
+    "JobFilter",
     "JobRecord",
     "Jobs",
     "Lease",
+    "ListedJob",
     "Listener",
     "Live",
     "Log",
+    "News",
+    "Notes",
+    "Notice",
+    "Notices",
     "Outcome",
     "Page",
     "Permit",
     "Permits",
+    "Posting",
+    "ProjectionInfo",
+    "Quarantined",
     "QueueInfo",
     "Queues",
     "Receipt",
     "Renewal",
+    "Retention",
     "ScheduleRecord",
     "Schedules",
+    "Sealed",
+    "Snapshots",
+    "Stats",
+    "Step",
     "Store",
+    "Stored",
     "Strike",
     "Strikes",
     "Submission",
@@ -57,6 +86,10 @@ __all__ = [
     "Taken",
     "Tick",
     "Ticks",
+    "Totals",
+    "Undelivered",
+    "WebhookRecord",
+    "Webhooks",
     "Work",
     "WorkerInfo",
     "Workers",
@@ -76,16 +109,24 @@ class Store:
         self._blocking: list[Redis] = []
         scripts = Scripts(client, Limits.of(settings), plain=plain)
         self.log = Log(client, scripts)
+        self.snapshots = Snapshots(scripts, self.log, settings)
         self.jobs = Jobs(client, scripts, settings)
         self.work = Work(client, scripts, settings)
         self.artifacts = Artifacts(client, scripts, settings)
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
-        self.dead = Dead(client, settings)
+        self.dead = Dead(client, self.log, settings)
         self.queues = Queues(client, settings)
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
         self.ticks = Ticks(self.schedules, self.jobs)
+        self.retention = Retention(client, scripts, plain=plain)
+        self.notices = Notices(client, scripts, settings)
+        self.webhooks = Webhooks(client, scripts, settings)
+        self.deliveries = Deliveries(client, scripts, settings)
+        self.feed = Feed(client, scripts, settings)
+        self.index = Index(client, scripts, settings)
+        self.stats = Stats(client, scripts, settings)
         self.live = Live(self._subscriber)
 
     @classmethod

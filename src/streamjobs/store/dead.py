@@ -14,9 +14,10 @@ import msgspec
 from redis.asyncio import Redis
 
 from streamjobs.config import Settings
-from streamjobs.errors import Invalid, InvalidCursor
+from streamjobs.errors import Invalid, InvalidCursor, JobNotFound
 from streamjobs.events import JobFailed, decode_event
 from streamjobs.store import keys
+from streamjobs.store.log import Log
 from streamjobs.store.scripts import text, translated
 
 _CHUNK = 200
@@ -60,8 +61,9 @@ class DeadFilter(msgspec.Struct, frozen=True, kw_only=True):
 class Dead:
     """Reads the dead lists of all partitions as one."""
 
-    def __init__(self, client: Redis, settings: Settings) -> None:
+    def __init__(self, client: Redis, log: Log, settings: Settings) -> None:
         self._client: Any = client
+        self._log = log
         self._settings = settings
 
     async def page(
@@ -136,7 +138,18 @@ class Dead:
                 for job_id in job_ids:
                     pipe.xrevrange(f"{keys.job_key(job_id)}:events", count=1)
                 logs: list[list[Any]] = await pipe.execute() if job_ids else []
-        return {job_id: _message(log) for job_id, log in zip(job_ids, logs, strict=True)}
+        return {
+            job_id: _message(text(log[0][1][b"t"]), log[0][1][b"d"]) if log else await self._sealed(job_id)
+            for job_id, log in zip(job_ids, logs, strict=True)
+        }
+
+    async def _sealed(self, job_id: str) -> str:
+        """The same of a log that has left its stream, or of a job that is gone."""
+        try:
+            last = await self._log.last(job_id)
+        except JobNotFound:
+            return ""
+        return _message(last.type, last.data)
 
 
 def _fits(where: DeadFilter, head: dict[str, str]) -> bool:
@@ -162,12 +175,9 @@ def _dead_job(job_id: str, head: dict[str, str], message: str) -> DeadJob:
     )
 
 
-def _message(log: list[Any]) -> str:
-    if not log:
-        return ""
-    fields = log[0][1]
+def _message(kind: str, data: bytes) -> str:
     try:
-        event = decode_event(text(fields[b"t"]), fields[b"d"])
+        event = decode_event(kind, data)
     except Invalid:
         return ""
     return event.error.message if isinstance(event, JobFailed) else ""

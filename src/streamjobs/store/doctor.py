@@ -17,6 +17,7 @@ from streamjobs import events as ev
 from streamjobs.cursor import START
 from streamjobs.errors import Invalid, JobNotFound, StoreUnavailable, StreamjobsError
 from streamjobs.job import Fold
+from streamjobs.segments import DamagedSegment, parse_index
 from streamjobs.store import Store, keys
 from streamjobs.store.log import Entry
 from streamjobs.store.scripts import text, translated
@@ -24,6 +25,7 @@ from streamjobs.store.scripts import text, translated
 CHECKS: dict[str, str] = {
     "known_keys": "every key is declared, of its type, and expires where it must",
     "dense_log": "seqs are 1, 2, 3 … without gap or repetition, and end where the job's head says",
+    "sealed_history": "what has left the stream is in segments, and the snapshot is what they fold to",
     "one_end": "nothing after the terminal event, exactly one where the job has ended",
     "lifecycle": "every event may follow the one before, and folding them gives the job's status",
     "one_writer": "what a worker writes carries the epoch of the latest lease",
@@ -82,6 +84,15 @@ class Head(msgspec.Struct):
     ttl: int
     log_ttl: int
     in_running_set: bool
+    index: str = ""
+    history: list[str] = []
+    """Fields of its sealed history."""
+    history_ttl: int = -2
+
+    @property
+    def is_sealed_whole(self) -> bool:
+        """Whether nothing of its log is in the stream."""
+        return self.fields.get("sealed") == self.fields.get("last")
 
     @property
     def status(self) -> str:
@@ -160,16 +171,28 @@ class Doctor:
             if missing := sorted(_NEEDED - set(head.fields)):
                 self._violation("known_keys", job_id, f"its head lacks {', '.join(missing)}")
                 return
-            entries = await self._log(head)
+            entries, wrong = await self._log_of(head)
         except JobNotFound:
             return
         self.report.jobs += 1
         self.report.events += len(entries)
         self.report.statuses[head.status] = self.report.statuses.get(head.status, 0) + 1
         self._count(head, found)
-        for check, what in (*check_log(head, entries), *check_place(head), *check_expiry(head)):
+        for check, what in (*wrong, *check_place(head), *check_expiry(head)):
             self._violation(check, job_id, what)
         self._on_progress(self.report.jobs)
+
+    async def _log_of(self, head: Head) -> tuple[list[Entry], list[tuple[str, str]]]:
+        """A job's log and what is wrong with it; no log where its segments cannot be read."""
+        wrong = check_sealed(head)
+        if wrong:
+            return [], wrong
+        try:
+            entries = await self._log(head)
+            wrong = await self._check_snapshot(head, entries) if head.fields.get("snap") else []
+        except DamagedSegment as error:
+            return [], [("sealed_history", str(error))]
+        return entries, check_log(head, entries) + wrong
 
     async def _log(self, head: Head) -> list[Entry]:
         end = int(head.fields["seq"])
@@ -182,6 +205,24 @@ class Doctor:
                 break
             after = page.entries[-1].cursor
         return entries
+
+    async def _check_snapshot(self, head: Head, entries: list[Entry]) -> list[tuple[str, str]]:
+        """What is wrong with the snapshot as it is now, which may be a later one than the head's."""
+        stored = await self._store.snapshots.load(head.job_id)
+        end = stored.fold.cursor.seq
+        if end > len(entries):
+            return []
+        if not stored.weight:
+            return [("sealed_history", "the snapshot cannot be read by this release")]
+        fold = Fold(head.job_id, self._store.snapshots.caps)
+        try:
+            fold.apply_all(entries[:end])
+        except StreamjobsError:
+            return []  # the check of the log says so
+        found, wanted = stored.fold.view(), fold.view()
+        if found == wanted or (found.truncated and found.cursor == wanted.cursor):  # under other settings
+            return []
+        return [("sealed_history", f"the snapshot at {found.cursor} is not what the log folds to")]
 
     def _count(self, head: Head, found: Counter[str]) -> None:
         queue = head.fields.get("queue", "")
@@ -229,13 +270,37 @@ def check_log(head: Head, entries: list[Entry]) -> list[tuple[str, str]]:
         )
         return wrong
     said = head.fields.get("last")
-    others = sorted({head.last, str(entries[-1].cursor)} - {said})
+    ends_at = (said or "") if head.is_sealed_whole and not head.length else head.last
+    others = sorted({ends_at, str(entries[-1].cursor)} - {said})
     wrong += [("dense_log", f"ends at {last}, the head says {said}") for last in others]
     ends = [entry.type for entry in entries if entry.type in ev.TERMINAL]
     if len(ends) != int(head.status in _ENDED) or (ends and entries[-1].type != ends[-1]):
         wrong.append(("one_end", f"terminal events {ends} in a job that is {head.status}"))
     wrong += _check_fold(head, entries) + _check_writers(entries) + _check_tools(entries)
     return wrong
+
+
+def check_sealed(head: Head) -> list[tuple[str, str]]:
+    """What is wrong with a job's segments and with where the stream goes on."""
+    try:
+        index = parse_index(head.index)
+    except DamagedSegment as error:
+        return [("sealed_history", str(error))]
+    wrong: list[str] = []
+    seqs = [0, *(segment.last.seq for segment in index)]
+    if any(segment.first != end + 1 for segment, end in zip(index, seqs, strict=False)):
+        wrong.append("its segments do not follow one another")
+    sealed, snap = head.fields.get("sealed"), head.fields.get("snap")
+    if sealed != (str(index[-1].last) if index else None):
+        wrong.append(f"sealed up to {sealed}, the segments end at {seqs[-1]}")
+    names = {"index", *map(str, seqs[1:])} if index else set[str]()
+    if set(head.history) != names | ({"snap"} if snap else set()):
+        wrong.append(f"holds {sorted(head.history)} for {len(index)} segments, snapshot at {snap}")
+    if snap not in {None, sealed}:
+        wrong.append(f"the snapshot stands at {snap}, sealed is up to {sealed}")
+    if head.first and int(head.first.partition("-")[0]) != seqs[-1] + 1:
+        wrong.append(f"the stream begins at {head.first}, the segments end at {seqs[-1]}")
+    return [("sealed_history", what) for what in wrong]
 
 
 def _check_fold(head: Head, entries: list[Entry]) -> list[tuple[str, str]]:
@@ -325,12 +390,14 @@ _ALLOWED: dict[str, frozenset[frozenset[str]]] = {
 
 def check_expiry(head: Head) -> list[tuple[str, str]]:
     """What is wrong with how long a job's keys live."""
+    # a key that is not there is -2: before anything is sealed, and once everything is
+    others = [ttl for ttl in (head.log_ttl, head.history_ttl) if ttl != -2]
     if head.status not in _ENDED:
-        if head.ttl == -1 and head.log_ttl == -1:
+        if all(ttl == -1 for ttl in (head.ttl, *others)):
             return []
         return [("one_expiry", f"{head.status} and expires in {head.ttl} / {head.log_ttl} ms")]
-    if head.ttl < 0 or abs(head.ttl - head.log_ttl) > 1:
-        return [("one_expiry", f"head expires in {head.ttl} ms, log in {head.log_ttl} ms")]
+    if head.ttl < 0 or not others or any(abs(head.ttl - ttl) > 1 for ttl in others):
+        return [("one_expiry", f"head expires in {head.ttl} ms, log in {' / '.join(map(str, others))} ms")]
     return []
 
 
@@ -351,4 +418,7 @@ def _head(job_id: str, raw: list[Any]) -> Head:
         raw[8],
         raw[9],
         bool(raw[10]),
+        text(raw[11]),
+        [text(field) for field in raw[12]],
+        raw[13],
     )

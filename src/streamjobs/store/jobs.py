@@ -37,7 +37,6 @@ from streamjobs.events import UNENCODABLE, JobQueued, Json, decode_event, encode
 from streamjobs.store import keys
 from streamjobs.store.dead import Dead, DeadFilter
 from streamjobs.store.log import Log, stored_cursor
-from streamjobs.store.recent import Recent
 from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
@@ -125,8 +124,7 @@ class Jobs:
         self._scripts = scripts
         self._settings = settings
         self._log = Log(client, scripts)
-        self._dead = Dead(client, settings)
-        self._recent = Recent(client, settings)
+        self._dead = Dead(client, self._log, settings)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
@@ -209,20 +207,6 @@ class Jobs:
         if head[0] is None:
             raise JobNotFound("no such job")
         return _record(job_id, head)
-
-    async def recent(self, owner: str, *, limit: int = 50, before: str = "") -> tuple[list[JobRecord], str]:
-        """An owner's jobs, newest first, behind the cursor `before`; and the next cursor, empty at the end.
-
-        Only jobs that the owner's feed still names and that are still kept; a page may be shorter than
-        `limit` (1 to 500) and not the last. Raises `InvalidCursor`.
-        """
-        ids, cursor = await self._recent.page(owner, max(1, min(limit, 500)), before)
-        with translated():
-            async with self._client.pipeline(transaction=False) as pipe:
-                for job_id in ids:
-                    pipe.hmget(keys.job_key(job_id), _HEAD)
-                heads: list[list[Any]] = await pipe.execute() if ids else []
-        return [_record(i, head) for i, head in zip(ids, heads, strict=True) if head[0] is not None], cursor
 
     async def cancel(self, job_id: str, *, by: str = "", reason: str = "") -> str:
         """Ask for a job's end; its children's too.

@@ -42,7 +42,8 @@ _SCHEDULE_ID = re.compile(r"s(0|[1-9]\d{0,3})-[a-z2-7]{26}", re.ASCII)
 
 KEYS: tuple[Key, ...] = (
     _key("job:<job>", "hash", "job", "the job's state, see FIELDS"),
-    _key("job:<job>:events", "stream", "job", "the job's log"),
+    _key("job:<job>:events", "stream", "job", "the job's log, or what of it is not sealed"),
+    _key("job:<job>:sealed", "hash", "job", "segments by last seq; `index`: a line for each; `snap`: a fold"),
     _key("job:<job>:children", "set", "job", "jobs it spawned"),
     _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
     _key("job:<job>:artifacts", "hash", "job", "what it made: name -> content, name/ -> media type"),
@@ -65,6 +66,20 @@ KEYS: tuple[Key, ...] = (
     _key("counts", "hash", "forever", "waiting, held, running for each queue"),
     _key("sweep", "hash", "forever", "when the last sweep was; until when no lease expires"),
     _key("feed", "stream", "capped", "notes for projections"),
+    _key(
+        "projections",
+        "hash",
+        "forever",
+        "of each: rebuild asked for, cap seen; what was trimmed; see feed.lua",
+    ),
+    _key("quarantine:<any>", "hash", "capped", "jobs on which a projection failed, and how"),
+    _key("rebuilding:<any>", "string", "ttl", "the projector that rebuilds a projection"),
+    _key("index:<any>", "zset", "live", "an owner's jobs by when they were made"),
+    _key("indexed:<any>", "hash", "live", "what lists show and filter of each, see index.lua"),
+    _key("indexed_counts:<any>", "hash", "live", "how many of them are where; how far they are swept"),
+    _key("indexes", "zset", "live", "owners with jobs in the index, by when they were last swept"),
+    _key("totals:<any>", "hash", "forever", "statistics for each kind and queue, of one generation"),
+    _key("history:<any>", "hash", "ttl", "the same for five minutes or an hour"),
     _key("owner:<any>:events", "stream", "ttl", "lifecycle and progress of all of an owner's jobs"),
     _key("rate:<any>", "string", "ttl", "an owner's submissions: when a whole minute's are there again"),
     _key("bucket:<any>", "string", "ttl", "permits of one name: when all are there again"),
@@ -74,6 +89,18 @@ KEYS: tuple[Key, ...] = (
     _key("schedule:<schedule>", "hash", "live", "a schedule until it is deleted, see SCHEDULE_FIELDS"),
     _key("schedules", "zset", "live", "schedules that are not paused, by the tick they wait for"),
     _key("owner:<any>:schedules", "zset", "live", "all of an owner's schedules, by when they were made"),
+    _key("ended", "zset", "live", "ended jobs whose retention is set, by when they expire"),
+    _key("notices:<any>", "stream", "ttl", "what an owner is told of jobs"),
+    _key("unread:<any>", "zset", "ttl", "the notices that an owner has not read, by instant"),
+    _key("webhooks:<any>", "hash", "live", "an owner's webhooks: definition, secret, why disabled"),
+    _key("deliveries", "zset", "live", "deliveries to webhooks by when the next try is due"),
+    _key("delivery:<any>", "hash", "ttl", "one delivery: its content, its tries, the last error"),
+    _key(
+        "undelivered:<any>",
+        "zset",
+        "ttl",
+        "deliveries that one webhook never took, by when they were given up",
+    ),
 )
 
 HEAD = KEYS[0]
@@ -128,6 +155,10 @@ FIELDS: dict[str, str] = {
     "family": "set if it has children",
     "asked": "set if it has a `seen` key",
     "artifacts": "bytes of all its artifacts; set if it has any",
+    "told": "id of the last event that its owner's notices and webhooks were told of",
+    "sealed": "id of the last event that is in a segment; those above are in the stream",
+    "snap": "id of the event at which the stored snapshot stands: none, or the same",
+    "stats": "how far its log is counted, see stats.lua",
 }
 """Fields of a job's hash, all optional but the first few."""
 
@@ -230,12 +261,26 @@ def new_schedule_id(partition: int, *names: str) -> str:
     return _format_id(partition, _digest(*names) if names else secrets.token_bytes(16), "s")
 
 
+def new_webhook_id() -> str:
+    """A random id; a webhook is looked for among its owner's only."""
+    return f"wh_{_base32(secrets.token_bytes(16))}"
+
+
+def delivery_id(job_id: str, cursor: str, webhook_id: str) -> str:
+    """The id of what is delivered to a webhook of one event: the same for all who see the event."""
+    return f"msg_{_base32(_digest(job_id, cursor, webhook_id))}"
+
+
 def _digest(*words: str) -> bytes:
     return hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _format_id(partition: int, random: bytes, letter: str = "j") -> str:
-    return f"{letter}{partition}-{base64.b32encode(random).decode().lower().rstrip('=')}"
+    return f"{letter}{partition}-{_base32(random)}"
+
+
+def _base32(raw: bytes) -> str:
+    return base64.b32encode(raw).decode().lower().rstrip("=")
 
 
 def scoped_digest(owner: str, key: str) -> str:

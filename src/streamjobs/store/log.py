@@ -2,6 +2,8 @@
 
 Rule 1: a page says whether its cursor is in the log; a reader whose cursor is not there starts over.
 Rule 2: no read is unbounded; the whole log is read page by page.
+Rule 3: what is sealed and what is in the stream read as one log; a cursor inside a segment is checked there.
+Rule 4: segments that were read last are kept decoded, `KEPT_BYTES` in all: many who replay one job cost one.
 """
 
 from __future__ import annotations
@@ -11,21 +13,19 @@ from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 
+from streamjobs import segments
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import JobNotFound
+from streamjobs.segments import DamagedSegment, Entry
 from streamjobs.store import keys
 from streamjobs.store.scripts import Scripts, text, translated
 
 PAGE_EVENTS = 500
 PAGE_BYTES = 256 * 1024
-
-
-class Entry(NamedTuple):
-    """One event as it is stored: `data` is one line of JSON."""
-
-    cursor: Cursor
-    type: str
-    data: bytes
+KEPT_BYTES = 2 * 1024 * 1024
+START_TEXT = str(START)
+_ENTRY_BYTES = 250
+"""What an entry takes in this process beside its content."""
 
 
 class Page(NamedTuple):
@@ -42,12 +42,22 @@ class Page(NamedTuple):
         return not self.entries or self.entries[-1].cursor == self.last
 
 
+class Reading(NamedTuple):
+    """A page, up to where the log is sealed, where its snapshot stands, and that if it was asked for."""
+
+    page: Page
+    sealed: Cursor
+    snap: Cursor
+    snapshot: bytes
+
+
 class Log:
     """Reads logs of jobs."""
 
     def __init__(self, client: Redis, scripts: Scripts) -> None:
         self._client: Any = client
         self._scripts = scripts
+        self._decoded = _Decoded()
 
     async def page(
         self, job_id: str, after: Cursor = START, *, limit: int = PAGE_EVENTS, max_bytes: int = PAGE_BYTES
@@ -57,11 +67,45 @@ class Log:
         Raises `JobNotFound`.
         """
         limit = max(1, min(limit, PAGE_EVENTS))
-        reply = await self._scripts.read(keys.job_key(job_id), str(after), limit, max_bytes)
+        held = self._decoded.holding(job_id, after)
+        status, last, found, rows, line, blob, *_ = await self._read(
+            job_id, str(after), limit, max_bytes, held.line
+        )
+        entries = [_entry(row) for row in rows]
+        if line:
+            # what is held may have left the kept ones while the script was asked
+            entries = self._decoded.entries(job_id, text(line), blob) if blob else held.entries
+            first = after.seq + 1 - entries[0].cursor.seq
+            found = found == 1 or entries[first - 1].cursor == after
+            entries = _bounded(entries[first:], limit, max_bytes) if found else []
+        return Page(bool(found), text(status), stored_cursor(last), entries)
+
+    async def from_snapshot(self, job_id: str) -> Reading:
+        """Read the stored snapshot and what follows it; from the first event where there is none.
+
+        Raises `JobNotFound`.
+        """
+        reply = await self._read(job_id, "snap", PAGE_EVENTS, PAGE_BYTES)
+        status, last, _, rows, line, blob, sealed, snap, snapshot = reply
+        entries = [_entry(row) for row in rows]
+        if line:
+            entries = _bounded(self._decoded.entries(job_id, text(line), blob), PAGE_EVENTS, PAGE_BYTES)
+        page = Page(True, text(status), stored_cursor(last), entries)
+        return Reading(page, stored_cursor(sealed or START_TEXT), stored_cursor(snap or START_TEXT), snapshot)
+
+    async def last(self, job_id: str) -> Entry:
+        """The log's last event. Raises `JobNotFound`."""
+        _, last, _, rows, line, blob, *_ = await self._read(job_id, "last", 1, 0)
+        entries = self._decoded.entries(job_id, text(line), blob) if line else [_entry(row) for row in rows]
+        if not entries or entries[-1].cursor != stored_cursor(last):
+            raise DamagedSegment(f"the log does not end at {text(last)}")
+        return entries[-1]
+
+    async def _read(self, job_id: str, *arguments: str | int) -> list[Any]:
+        reply: list[Any] = await self._scripts.read(keys.job_key(job_id), *arguments)
         if not reply:
             raise JobNotFound("no such job")
-        status, last, found, rows = reply
-        return Page(bool(found), text(status), stored_cursor(last), [_entry(row) for row in rows])
+        return reply
 
     async def pages(self, job_id: str, after: Cursor = START) -> AsyncIterator[Page]:
         """Read from `after` to the end, page by page; the first page comes even when it is empty."""
@@ -93,6 +137,57 @@ class Log:
         return {
             job_id: stored_cursor(last) if last else None for job_id, last in zip(ids, lasts, strict=True)
         }
+
+
+class _Held(NamedTuple):
+    """A segment that was kept: its line of the index, its entries."""
+
+    line: str
+    entries: list[Entry]
+
+
+class _Decoded:
+    """The segments that were read last, by job and index line. They never change, so none is ever stale."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], list[Entry]] = {}
+        self._bytes = 0
+
+    def holding(self, job_id: str, after: Cursor) -> _Held:
+        """The segment kept here that holds `after` and more; an empty one where there is none."""
+        for (job, line), entries in self._kept.items():
+            at = after.seq - entries[0].cursor.seq
+            if job == job_id and 0 <= at < len(entries) - 1 and entries[at].cursor == after:
+                self._kept[job, line] = self._kept.pop((job, line))
+                return _Held(line, entries)
+        return _Held("", [])
+
+    def entries(self, job_id: str, line: str, blob: bytes) -> list[Entry]:
+        """The entries of a segment, which must be what the index says."""
+        kept = self._kept.pop((job_id, line), None)
+        if kept is None:
+            kept = segments.decode(blob)
+            if not kept or str(segments.describe(kept)) != line:
+                raise DamagedSegment(f"a segment of {job_id} is not what its index says: {line}")
+            self._bytes += _cost(kept)
+        self._kept[job_id, line] = kept
+        while self._bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._bytes -= _cost(self._kept.pop(next(iter(self._kept))))
+        return kept
+
+
+def _cost(entries: list[Entry]) -> int:
+    return sum(len(entry.data) + _ENTRY_BYTES for entry in entries)
+
+
+def _bounded(entries: list[Entry], limit: int, max_bytes: int) -> list[Entry]:
+    """The first entries, at least one: as many as fit."""
+    size = 0
+    for at, entry in enumerate(entries[:limit]):
+        size += len(entry.data)
+        if at and size > max_bytes:
+            return entries[:at]
+    return entries[:limit]
 
 
 def stored_cursor(raw: bytes | str) -> Cursor:

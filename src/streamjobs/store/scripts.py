@@ -125,7 +125,15 @@ class Scripts:
     PERMIT: ClassVar = Script("permit", "allow-oom")
     STRIKE: ClassVar = Script("strike", "allow-oom")
     RERUN: ClassVar = Script("rerun")
+    RETAIN: ClassVar = Script("retain", "allow-oom")
+    NOTIFY: ClassVar = Script("notify")
+    WEBHOOK: ClassVar = Script("webhook")
+    DELIVER: ClassVar = Script("deliver", "allow-oom")
+    FEED: ClassVar = Script("feed", "allow-oom")
+    INDEX: ClassVar = Script("index", "allow-oom")
+    STATS: ClassVar = Script("stats", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
+    SEAL: ClassVar = Script("seal", "allow-oom")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
     def __init__(self, client: Redis, limits: Limits, *, plain: bool = False) -> None:

@@ -10,7 +10,9 @@ skipped where the log has n.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from streamjobs import events as ev
 from streamjobs.app import App
 from streamjobs.approvals import Decision
 from streamjobs.config import Settings
-from streamjobs.errors import Denied, Invalid, OutcomeUnknown, StepError, WaitTimeout
+from streamjobs.errors import Denied, Fenced, Invalid, LimitExceeded, OutcomeUnknown, StepError, WaitTimeout
 from streamjobs.events import UNENCODABLE, Event, Json, clean_text, encode_json
 from streamjobs.faults import fault
 from streamjobs.inputs import ChatInput, ChatMessage
@@ -36,7 +38,7 @@ from streamjobs.worker.news import News
 from streamjobs.worker.patience import patiently
 from streamjobs.worker.recorder import Journal
 from streamjobs.worker.replay import Replay
-from streamjobs.worker.steps import ONCE, Step
+from streamjobs.worker.steps import ONCE, WITHIN, Step
 from streamjobs.worker.toolcall import ToolCall, shown_arguments
 from streamjobs.worker.tools import ToolOutcome
 from streamjobs.worker.values import digest, encode_clean
@@ -109,6 +111,7 @@ class Context:
         self.call_ids: set[str] = set()
         self._news = news
         self._surroundings = surroundings
+        self._thread = threading.get_ident()
         self._names: Counter[str] = Counter()
         self._artifacts: Counter[str] = Counter()
 
@@ -285,12 +288,12 @@ class Context:
         event = ev.JobProgress(
             ts=self.clock.now_ms(), percent=percent, step=step, steps=steps, message=clean_text(message)
         )
-        self._say(event.type, event)
+        self._say(event)
 
     def log(self, message: str, *, level: str = "info", data: Json = None) -> None:
         """Record a line for people."""
         event = ev.JobLog(ts=self.clock.now_ms(), level=level, message=clean_text(message), data=data)
-        self._say(event.type, event)
+        self._say(event)
 
     def heartbeat(self) -> None:
         """Say that the code is alive, where it records nothing for a long time; writes nothing."""
@@ -311,6 +314,10 @@ class Context:
         else:
             content, default = encode_clean(data), "application/json"
         made = self._artifact(name, content, media_type or default)
+        if made.within:
+            await self._put_artifact(made, content)
+            self.journal.emit(made)
+            return made
         op = self._artifact_op(name)
         told = self.replay.begin(op)
         if self.replay.has_outcome(op):
@@ -329,7 +336,7 @@ class Context:
         """
         if not _EVENT_NAME.fullmatch(name):
             raise Invalid(f"event name {name!r}: 1 to 60 of a-z, 0-9 and _.-")
-        self._say(f"x.{name}", OwnEvent(ts=self.clock.now_ms(), name=name, data=data))
+        self._say(OwnEvent(ts=self.clock.now_ms(), name=name, data=data))
 
     async def chat(
         self,
@@ -384,7 +391,12 @@ class Context:
         return self._surroundings.is_struck(tool)
 
     def unique(self, name: str) -> str:
-        """The name, with an occurrence number where it was used before."""
+        """The name, with an occurrence number where it was used before.
+
+        Raises `Invalid` within a step, which is one operation and may not ask for others.
+        """
+        if WITHIN.get():
+            raise Invalid(f"{name!r} within step {WITHIN.get()!r}: only the workflow itself may ask for that")
         self._names[name] += 1
         return name if self._names[name] == 1 else f"{name}#{self._names[name]}"
 
@@ -435,7 +447,9 @@ class Context:
 
     def _artifact(self, name: str, content: bytes, media_type: str) -> ev.ArtifactCreated:
         now = self.clock.now_ms()
-        return ev.ArtifactCreated(ts=now, name=name, media_type=media_type, size=len(content), where="redis")
+        return ev.ArtifactCreated(
+            ts=now, name=name, media_type=media_type, size=len(content), where="redis", within=WITHIN.get()
+        )
 
     async def read_artifact(self, job_id: str, name: str) -> bytes:
         """The bytes of an artifact; waits while Redis is away, and nothing else is told meanwhile."""
@@ -450,14 +464,27 @@ class Context:
     def _tool(self, tool: str | Callable[..., Any]) -> Tool:
         return self.app.find_tool(tool)
 
-    def _say(self, kind: str, event: Event) -> None:
-        if self.history.emitted[kind] > 0:
-            self.history.emitted[kind] -= 1
+    def _say(self, event: ev.JobProgress | ev.JobLog | OwnEvent) -> None:
+        """Record what the code says; from a step's thread, too."""
+        step = WITHIN.get()
+        if step:
+            event = msgspec.structs.replace(event, within=step)
+        elif self.history.emitted[event.type] > 0:
+            self.history.emitted[event.type] -= 1
             return
         try:
-            self.journal.emit(event)
+            if threading.get_ident() == self._thread:
+                self.journal.emit(event)
+            else:
+                encode_json(event)
+                self.loop.call_soon_threadsafe(self._say_late, event)
         except UNENCODABLE as error:
-            raise Invalid(f"{kind} cannot be stored as JSON: {error}") from error
+            raise Invalid(f"{event.type} cannot be stored as JSON: {error}") from error
+
+    def _say_late(self, event: Event) -> None:
+        """What a thread said: its step may have been given up, or its job be over its budget."""
+        with contextlib.suppress(Fenced, LimitExceeded):
+            self.journal.emit(event)
 
 
 class OwnEvent(Event, frozen=True, kw_only=True):
@@ -465,6 +492,7 @@ class OwnEvent(Event, frozen=True, kw_only=True):
 
     name: str = ""
     data: Json = None
+    within: str = ""
 
     @property
     def type(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -148,7 +148,7 @@ class History:
             case ev.ChildSpawned():
                 self._begin(("child", event.job), seq)
                 self._occur(seq, ("spawn", event.job), event)
-            case ev.ArtifactCreated():
+            case ev.ArtifactCreated(within=""):
                 self.artifacts[event.name] += 1
                 self._occur(seq, artifact_op(event.name, self.artifacts[event.name]), event)
             case ev.ApprovalRequested():
@@ -170,7 +170,8 @@ class History:
             elif isinstance(event, ev.SignalReceived):
                 self._questions.answer(seq, event)
             return
-        self.emitted[kind] += 1
+        if not getattr(event, "within", ""):  # a step that is done says nothing again
+            self.emitted[kind] += 1
         if kind in _INTERRUPTIONS:
             self.interruption = _INTERRUPTIONS[kind]
             self.was_lost = kind == ev.JobLost.type

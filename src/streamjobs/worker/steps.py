@@ -8,6 +8,7 @@ Rule 3: what the code gets is what the log holds, in the first run as in a repla
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import inspect
 import re
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 ONCE = Retry(attempts=1)
 """The policy of steps that name none: the job's own attempts try them again."""
+
+WITHIN: contextvars.ContextVar[str] = contextvars.ContextVar("step", default="")
+"""The step whose function runs, in its task and its threads."""
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._:@#=-]")
 _UNKNOWN = "the step was started and its outcome was never recorded: it may or may not have taken effect"
@@ -179,6 +183,13 @@ class Step:
         fault("after_step_started")
 
     async def _call(self) -> Returned | Raised | TimedOut:
+        token = WITHIN.set(self._key)
+        try:
+            return await self._called()
+        finally:
+            WITHIN.reset(token)
+
+    async def _called(self) -> Returned | Raised | TimedOut:
         function = functools.partial(self._function, *self._arguments)
         is_async = inspect.iscoroutinefunction(self._function)
         if not is_async or self._timeout is not None:

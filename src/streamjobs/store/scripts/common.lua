@@ -413,6 +413,7 @@ local function finish(job, epoch, event, content)
   local expiry = NOW + OPT.retention
   redis.call('PEXPIREAT', job.key, expiry)
   redis.call('PEXPIREAT', job.key .. ':events', expiry)
+  if job.h.sealed then redis.call('PEXPIREAT', job.key .. ':sealed', expiry) end
   if job.h.family then redis.call('PEXPIREAT', job.key .. ':children', expiry) end
   if job.h.asked then redis.call('PEXPIREAT', job.key .. ':seen', expiry) end
   if job.h.artifacts then redis.call('PEXPIREAT', job.key .. ':artifacts', expiry) end
