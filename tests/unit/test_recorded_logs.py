@@ -1,7 +1,4 @@
-"""Logs that workers wrote to a real Redis, some of them lost meanwhile.
-
-Only what is missing is done, for ever.
-"""
+"""Logs that workers wrote to a real Redis, some lost meanwhile: only what is missing is done, for ever."""
 
 from __future__ import annotations
 
