@@ -11,14 +11,21 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests import cancel, jobs, redis_server, steps, tokens
+from loadtests import cancel, jobs, join, redis_server, retained, steps, tokens
 from loadtests.bench import Bench, Scenario
 from loadtests.measure import describe_machine
 from loadtests.processes import RunError, raise_on_signals
 from loadtests.progress import Progress
 from loadtests.report import Report, Section, markdown
 
-SCENARIOS: tuple[Scenario, ...] = (jobs.SCENARIO, tokens.SCENARIO, steps.SCENARIO, cancel.SCENARIO)
+SCENARIOS: tuple[Scenario, ...] = (
+    jobs.SCENARIO,
+    tokens.SCENARIO,
+    steps.SCENARIO,
+    cancel.SCENARIO,
+    join.SCENARIO,
+    retained.SCENARIO,
+)
 RESULTS = Path(__file__).parent / "results"
 
 

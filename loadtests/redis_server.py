@@ -73,6 +73,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def wait_for_port(port: int, child: Child) -> None:
+    """Wait until a child takes connections; raise `RunError` when it does not."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        child.require_alive()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return
+        time.sleep(0.05)
+    raise RunError(f"{child.name} took no connection within {START_TIMEOUT:.0f} s: {child.tail()}")
+
+
 @contextlib.contextmanager
 def fresh_server(binary: str) -> Iterator[Server]:
     """Start an empty server; try other ports if somebody takes the chosen one first."""

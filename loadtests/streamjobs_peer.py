@@ -28,6 +28,7 @@ BATCH = 500
 OWNERS = 20
 QUEUE = "default"
 COUNTS = "sj:{0}:counts"
+FEED = "sj:{0}:feed"
 HASHES = "sj:{0}:job:" + "?" * 29
 
 
@@ -84,8 +85,34 @@ def hash_key(job_id: str) -> str:
     return f"sj:{{0}}:job:{job_id}"
 
 
+def sealed_key(job_id: str) -> str:
+    return f"sj:{{0}}:job:{job_id}:sealed"
+
+
 def live_channel(job_id: str) -> str:
     return f"sj:{{0}}:live:{job_id}"
+
+
+def job_kinds(client: redis.Redis) -> dict[str, float]:
+    """Return bytes a job by kind of key, of those that grow with the jobs."""
+    jobs, sizes = 0, dict[str, int]()
+    names: list[bytes] = list(client.scan_iter(match="sj:*", count=5_000))
+    for start in range(0, len(names), BATCH):
+        page = names[start : start + BATCH]
+        pipeline = client.pipeline(transaction=False)
+        for name in page:
+            pipeline.memory_usage(name, samples=0)
+        for name, size in zip(page, pipeline.execute(), strict=True):
+            kind = kind_of(name.decode())
+            sizes[kind] = sizes.get(kind, 0) + size
+            jobs += kind == "job:<id>"
+    return {kind: size / jobs for kind, size in sorted(sizes.items()) if size >= jobs}
+
+
+def kind_of(name: str) -> str:
+    """Say what a key is, whatever job or owner it is of."""
+    parts = name.split(":")[2:]
+    return ":".join(["<id>" if n == 1 else part for n, part in enumerate(parts)])
 
 
 def unended(client: redis.Redis) -> int:

@@ -191,14 +191,14 @@ class Desk:
         raise AssertionError(f"it never ends: {self.types[-12:]}")
 
     def _let_something_happen(self, answers: dict[str, Any]) -> None:
-        reason = self.of("job.waiting")[-1]["for"] if self.status in {"waiting", "scheduled"} else ""
-        kind, _, name = reason.partition(":")
         if self.status == "queued":
             return
         if self._is_due:
             self._write(JobRequeued(why="timer"))
             self.status, self._is_due = "queued", False
-        elif kind == "child":
+            return
+        kind, _, name = self.of("job.waiting")[-1]["for"].partition(":")
+        if kind == "child":
             self.end_child(name, result=name)
         elif kind == "approval" and "approval" in answers:
             self.signal("approval", {"decision": answers["approval"], "key": name})

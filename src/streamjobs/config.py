@@ -120,7 +120,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A live job's log is sealed when more than this many of its events are not."""
     seal_bytes: int = 64 * 1024
     """Or when more than this many bytes of its events are not; and more than a quarter of its snapshot."""
-    snapshot_min_events: int = 1000
+    snapshot_min_events: int = 2000
     """Logs up to this many events have no stored snapshot; they are folded when somebody asks."""
 
     # --- projections

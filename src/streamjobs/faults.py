@@ -51,7 +51,10 @@ SEAL_POINTS = ("before_seal", "after_seal")
 PROJECTOR_POINTS = ("after_notes_read", "after_advance", "before_ack")
 """What a projector passes with each batch of notes."""
 
-POINTS = CHAT_POINTS + WORKFLOW_POINTS + SEAL_POINTS + PROJECTOR_POINTS + DELIVERY_POINTS
+WORKER_POINTS = CHAT_POINTS + WORKFLOW_POINTS
+"""All that a worker passes."""
+
+POINTS = WORKER_POINTS + SEAL_POINTS + PROJECTOR_POINTS + DELIVERY_POINTS
 
 _ARMED = os.environ.get("STREAMJOBS_FAULT", "")
 _passed = 0

@@ -27,6 +27,9 @@ from streamjobs.errors import StreamjobsError
 SEGMENT_EVENTS = 2000
 SEGMENT_BYTES = 256 * 1024
 FORMAT = 1
+_LEVEL = 6
+_LONG = 3
+"""Columns with a value for each event, at the end: stamps, sizes, middles."""
 _STAMP = re.compile(rb'{"ts":(0|[1-9][0-9]{0,17}),')
 
 
@@ -114,7 +117,21 @@ def encode(entries: Sequence[Entry]) -> bytes:
         [len(middle) for middle in middles],
         b"".join(middles),
     )
-    return compress(msgspec.msgpack.encode(columns))
+    return _compress_columns(columns)
+
+
+def _compress_columns(columns: _Columns) -> bytes:
+    """One frame; each long column has blocks of its own, since letters and numbers share no statistics."""
+    fields = [msgspec.msgpack.encode(getattr(columns, name)) for name in _Columns.__struct_fields__]
+    parts = [_array_of(len(fields)) + b"".join(fields[:-_LONG]), *fields[-_LONG:]]
+    frame = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=sum(map(len, parts)))
+    pieces = [frame.compress(part) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for part in parts]
+    return b"".join(pieces) + frame.flush()
+
+
+def _array_of(count: int) -> bytes:
+    """What msgpack writes before an array of up to 15 values."""
+    return bytes([0x90 | count])
 
 
 def _split_stamps(entries: Sequence[Entry]) -> tuple[list[int | None], list[bytes]]:
@@ -136,11 +153,20 @@ def _split_stamps(entries: Sequence[Entry]) -> tuple[list[int | None], list[byte
 
 
 def _common_ends(contents: list[bytes]) -> tuple[bytes, bytes]:
-    """What all of these begin with, and what all of them end with, without overlap."""
+    """What all of these begin with, and what all of them end with, without overlap.
+
+    Of many only up to a quote, never into a value: a space that all tokens begin with is a part of the text,
+    and the text is found once more where the log has it whole.
+    """
+    if len(contents) == 1:
+        return contents[0], b""
     shortest = min(map(len, contents))
     start = _common_start(contents)
+    start = start[: start.rfind(b'"') + 1]
     ends = [content[len(content) - (shortest - len(start)) :][::-1] for content in contents]
-    return start, _common_start(ends)[::-1]
+    end = _common_start(ends)[::-1]
+    quote = end.find(b'"')
+    return start, end[quote:] if quote >= 0 else b""
 
 
 def _common_start(contents: list[bytes]) -> bytes:
@@ -207,7 +233,7 @@ def parse_index(text: str) -> list[Segment]:
 
 def compress(content: bytes) -> bytes:
     """Content as a zstd frame that says how large it is."""
-    return zstandard.ZstdCompressor(level=6).compress(content)
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(content)
 
 
 def decompress(blob: bytes) -> bytes:

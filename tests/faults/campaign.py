@@ -129,7 +129,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 async def main() -> int:
     """Run all of it; 1 if anything is broken."""
-    points = (*faults.POINTS, *LATER)
+    points = (*faults.WORKER_POINTS, *LATER)
     with tempfile.TemporaryDirectory(prefix="sj-") as folder:
         effects = Path(folder) / "effects"
         os.environ["EFFECTS"] = str(effects)

@@ -132,6 +132,21 @@ def operates(shell: Shell) -> None:
     assert "default" in shell("queues").stdout
     assert len(shell.json("workers")) == 1
     assert "default" in shell("workers").stdout
+    is_told_and_forgets(shell, again)
+
+
+def is_told_and_forgets(shell: Shell, failed: str) -> None:
+    hook = shell.json("webhooks", "create", "https://example.org/hook", "--event", "job.failed")
+    assert hook["secret"].startswith("whsec_")
+    assert hook["id"] in shell("webhooks", "list").stdout
+    shell("webhooks", "delete", hook["id"])
+    deadline = time.monotonic() + 30
+    while failed not in shell("notifications", "list").stdout:
+        assert time.monotonic() < deadline, "nobody was told"
+        time.sleep(0.05)
+    assert failed in shell("delete", failed).stdout
+    with pytest.raises(GatewayError, match="no such job"):
+        shell("status", failed)
 
 
 # --- handles

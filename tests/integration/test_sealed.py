@@ -11,7 +11,7 @@ from streamjobs import segments
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.job import Fold
-from streamjobs.store import DeadFilter, Entry, Sealed, Store, Stored, keys
+from streamjobs.store import DeadFilter, Entry, Sealed, Store, Stored, keys, log
 from streamjobs.store.log import Page
 from tests.logs import random_log
 from tests.sealing import Job
@@ -203,6 +203,27 @@ async def test_damage_is_an_error_and_never_an_empty_log(job: Job):
                 assert page.found
     await job.store.client.hset(history, mapping=whole)
     assert await job.replay() == job.whole
+
+
+async def test_a_segment_that_is_forgotten_while_it_is_read_on_is_no_damage(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """A busy projector would set sound jobs aside as damaged, and a busy gateway break their streams."""
+    monkeypatch.setattr(log, "KEPT_BYTES", 1)
+    jobs = [await Job.start(store, number) for number in (1, 2, 3)]
+    for job in jobs:
+        await job.say(30)
+        await job.end()
+        await job.seal()
+
+    async def replay(job: Job) -> list[Entry]:
+        entries: list[Entry] = []
+        while entries != job.whole:
+            after = entries[-1].cursor if entries else START
+            entries += (await store.log.page(job.id, after, limit=3)).entries
+        return entries
+
+    await asyncio.gather(*(replay(job) for job in jobs))
 
 
 async def test_many_who_replay_one_job_decode_it_once(job: Job, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ import pytest
 from streamjobs import segments
 from streamjobs.projections.snapshot import SnapshotProjection
 from tests.conftest import RedisProcess
-from tests.integration.gateway import Script, Served, serving
+from tests.integration.gateway import Frame, Script, Served, Stream, frame_of, serving
 
 SMALL: dict[str, Any] = {"seal_events": 10, "seal_bytes": 100_000, "snapshot_min_events": 15}
 
@@ -48,6 +48,65 @@ async def test_a_viewer_who_joins_gets_the_view_and_then_what_comes(served: Serv
         assert (await anext(stream)).json["text"] == "more"
         await script.complete()
         assert (await anext(stream)).event == "job.completed"
+
+
+async def test_a_view_that_is_compressed_says_the_same_and_so_does_what_follows(served: Served):
+    """Browsers and our own client take zstd by themselves: they would show something else than curl does."""
+    script = await spoken(served, 30)
+    plain = await first_of(served, script, "identity")
+    assert plain == await first_of(served, script, "gzip, zstd")
+    url = served.events_url(script.id)
+    async with served.client.stream("GET", url, headers={"accept-encoding": "br, zstd"}) as coded:
+        assert coded.headers["content-encoding"] == "zstd"
+        assert coded.headers["vary"] == "accept-encoding"
+        parts, text = coded.aiter_text(), ""
+        while not text.endswith("\n\n"):
+            text += await anext(parts)
+        await script.say("more")
+        await script.complete()
+        text += "".join([part async for part in parts])
+    assert text.endswith("\n\n")
+    assert text.count("event: snapshot\n") == text.count("event: job.completed\n") == 1
+
+
+async def first_of(served: Served, script: Script, accepts: str) -> Frame:
+    headers = {"accept-encoding": accepts}
+    async with served.client.stream("GET", served.events_url(script.id), headers=headers) as response:
+        assert ("content-encoding" in response.headers) is ("zstd" in accepts)
+        text = ""
+        async for part in response.aiter_text():
+            text += part
+            if text.endswith("\n\n"):
+                return frame_of(text.removesuffix("\n\n"))._replace(retry=None)
+    raise AssertionError(f"no frame: {text}")
+
+
+async def test_a_short_job_a_replay_and_a_resume_are_not_compressed(served: Served):
+    """There is nothing to gain there, and a proxy that does not know zstd could break what works."""
+    long, short = await spoken(served, 30), await served.script()
+    log = await long.log()
+    for job, query in ((short, {}), (long, {"after": "0"}), (long, {"after": log[3][0]})):
+        url, headers = served.events_url(job.id), {"accept-encoding": "zstd"}
+        async with served.client.stream("GET", url, params=query, headers=headers) as response:
+            assert "content-encoding" not in response.headers
+
+
+async def test_many_who_join_at_once_read_the_job_once(served: Served):
+    """A link to a long answer that is sent to a thousand people would bring Redis down."""
+    script = await spoken(served, 30)
+    before = await calls(served)
+    frames = await asyncio.gather(*(first_frame(served.stream(script.id)) for _ in range(80)))
+    assert {frame.row for frame in frames} == {frames[0].row}
+    assert await calls(served) - before < 60, "with those inside of scripts, and of loops that always run"
+
+
+async def first_frame(stream: Stream) -> Frame:
+    async with stream:
+        return await anext(stream)
+
+
+async def calls(served: Served) -> int:
+    return (await served.store.client.info("stats"))["total_commands_processed"]
 
 
 async def test_every_offset_replays_over_http(served: Served):

@@ -209,9 +209,28 @@ async def a_group_whose_branch_fails(ctx: Context) -> Any:
     return await ctx.step("fallback", give, why)
 
 
+async def steps_beside_what_needs_no_time(ctx: Context) -> Any:
+    seen: list[str] = []
+
+    async def busy(name: str, doing: Awaitable[Any]) -> None:
+        await doing
+        seen.append(name)
+
+    async def idle() -> None:
+        ctx.emit("idle")
+        seen.append("idle")
+
+    slept = busy("slept", ctx.sleep(0.01))
+    made = busy("made", ctx.artifact("a", b"1"))
+    worked = busy("worked", ctx.step("work", give, 1))
+    await asyncio.gather(slept, idle(), made, idle(), worked, idle())
+    return await ctx.step("all", give, seen)
+
+
 ORDERED = [
-    steps_side_by_side, a_short_sleep_beside_a_step, artifacts_beside_steps, children_beside_steps,
-    a_chat_beside_steps, large_outputs_beside_small, signals_beside_steps, a_group_whose_branch_fails,
+    steps_beside_what_needs_no_time, steps_side_by_side, a_short_sleep_beside_a_step,
+    artifacts_beside_steps, children_beside_steps, a_chat_beside_steps, large_outputs_beside_small,
+    signals_beside_steps, a_group_whose_branch_fails,
 ]  # fmt: skip
 
 
@@ -219,8 +238,10 @@ ORDERED = [
 async def test_branches_go_on_in_the_order_of_the_first_run(code: Code):
     """What branches share (a list that a later step gets) must not differ in a replay: a healthy job would
     fail as changed code."""
-    options = {"park_after": 0.1} if "short" in code.__name__ else {}
-    await every_beginning(code, {"go": "went"}, script=once_looks, inline_output=1000, **options)
+    for park_after in (0.0, 0.02):
+        await every_beginning(
+            code, {"go": "went"}, script=once_looks, inline_output=1000, park_after=park_after
+        )
 
 
 @pytest.mark.parametrize("words", range(1, 12, 2))

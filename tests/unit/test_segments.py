@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +38,22 @@ def test_what_is_sealed_is_read_back_byte_for_byte(contents: list[tuple[int, str
     """A viewer that replays an old answer would get other words than those who saw it live."""
     entries = entries_of(contents, first)
     assert segments.decode(segments.encode(entries)) == entries
+
+
+def test_an_answer_takes_little_more_than_its_text_alone():
+    """Ten thousand finished chats would take twice the memory: their text is in the log three times."""
+    random = Random(1)
+    words = [f" {''.join(random.choices('etaoinshrdlu', k=random.randint(2, 9)))}" for _ in range(1000)]
+    text, stamps = "".join(words), [1_700_000_000_000 + 22 * n + random.randint(0, 7) for n in range(1000)]
+    said = [ev.TextDelta(ts=ts, turn=1, text=word) for ts, word in zip(stamps, words, strict=True)]
+    usage = ev.Usage(12, 1000)
+    log = [ev.TurnStarted(turn=1), *said, ev.TurnCompleted(turn=1, text=text, usage=usage)]
+    log.append(ev.JobCompleted(result=msgspec.Raw(ev.encode_json({"text": text}))))
+    entries = [Entry(Cursor(seq, 5), event.type, ev.encode_event(event)) for seq, event in enumerate(log, 1)]
+    blob = segments.encode(entries)
+    assert segments.decode(blob) == entries
+    alone = len(segments.compress(text.encode()))
+    assert len(blob) < alone + 1400, "a byte for each token says when it came and where it ends"
 
 
 def test_any_number_of_types_is_kept():

@@ -14,6 +14,7 @@ Rule 1: a stream is over for its client once it has seen a terminal event, or a 
 Rule 2: never 503 or 429 on the stream: browsers give up for good. When Redis is away the stream opens,
 heartbeats, and goes on when it is back; that a job does not exist is then said in an `error` frame.
 Rule 3: the stream talks to the server itself: one `send` for all that is due, no task for an event.
+Rule 4: a stream that begins with the view of a long job is zstd where the client accepts that; see `coding`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from streamjobs.events import encode_json
 from streamjobs.gateway import sse
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
 from streamjobs.gateway.archived import Archived
+from streamjobs.gateway.coding import HEADERS, Coding, Plain, Zstd
 from streamjobs.gateway.edge import abort_of, on_lost
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.viewer import Viewer
@@ -46,6 +48,11 @@ FORMS = ("text/event-stream", "application/x-ndjson", "application/json")
 LOOKUP_TIMEOUT = 1.0
 """Seconds that a new stream waits for Redis to say that the job exists; then it opens without."""
 
+_BROKEN = {"gone", "slow"}
+"""How streams end to which nothing more can be sent."""
+
+_PLAIN = Plain()
+_ZSTD = re.compile(r"(?:^|[\s,])zstd\s*(?:,|$|;\s*q=(?!0(?:\.0*)?\s*(?:,|$)))", re.IGNORECASE)
 _LIMIT = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
 
 
@@ -56,6 +63,7 @@ class _Asked(NamedTuple):
     form: str
     cursor: Cursor | None
     limit: str | None
+    takes_zstd: bool
 
 
 class Events:
@@ -86,19 +94,29 @@ class Events:
         if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
             return
-        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        coding = self._coding(asked, record)
+        headers = [*sse.HEADERS, *(HEADERS if isinstance(coding, Zstd) else ())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
             return
         viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope))
         listener = None if on_lost(scope, viewer.lose) else asyncio.create_task(_listen(receive, viewer))
         try:
-            await _pump(viewer, send)
+            await _pump(viewer, coding, send)
         finally:
             self._hub.close(viewer)
             on_lost(scope, None)
             if listener is not None:
                 listener.cancel()
+
+    def _coding(self, asked: _Asked, record: JobRecord | None) -> Coding:
+        """zstd where the client takes it and the stream begins with a view that is worth it."""
+        if asked.cursor is not None or not asked.takes_zstd:
+            return _PLAIN
+        channel = self._hub.find(asked.job_id)
+        events = record.last.seq if record is not None else channel.tail.seq if channel is not None else 0
+        return Zstd() if events > self._hub.settings.snapshot_min_events else _PLAIN
 
     async def _look_up(self, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
         """The job's head, where it takes asking, and its terminal event if it has ended.
@@ -110,7 +128,7 @@ class Events:
             return None, channel.end
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT):
-                record = await self._hub.store.jobs.get(job_id)
+                record = await self._hub.head(job_id)
         except (StoreUnavailable, TimeoutError):
             return None, None
         return record, record.last if record.is_ended else None
@@ -172,27 +190,36 @@ def _asked(scope: Scope) -> _Asked:
         form=next((form for form in FORMS if form in accept), FORMS[0]),
         cursor=parse_cursor(text) if text else None,
         limit=query.get("limit"),
+        takes_zstd=takes_zstd(headers.get("accept-encoding", "")),
     )
 
 
-async def _pump(viewer: Viewer, send: Send) -> None:
+def takes_zstd(accepts: str) -> bool:
+    """Whether an `Accept-Encoding` names zstd, and not with a weight of 0."""
+    return _ZSTD.search(accepts) is not None
+
+
+async def _pump(viewer: Viewer, coding: Coding, send: Send) -> None:
     """Send what is due until the stream is over."""
     while not viewer.ended:
         due = viewer.take()
-        if due is None:
+        if not due:
             if not viewer.ended:
                 await viewer.wait()
             continue
-        viewer.begin_send()
-        await send({"type": "http.response.body", "body": due, "more_body": True})
-        viewer.end_send()
-        _count(viewer, due)
-    if viewer.ended not in {"gone", "slow"}:
-        await send({"type": "http.response.body"})
+        for portion in coding.portions(due):
+            if viewer.ended in _BROKEN:
+                return
+            viewer.begin_send()
+            await send({"type": "http.response.body", "body": portion, "more_body": True})
+            viewer.end_send()
+            metrics.STREAM_BYTES.inc(len(portion))
+        _count(viewer)
+    if viewer.ended not in _BROKEN:
+        await send({"type": "http.response.body", "body": coding.end()})
 
 
-def _count(viewer: Viewer, sent: bytes) -> None:
-    metrics.STREAM_BYTES.inc(len(sent))
+def _count(viewer: Viewer) -> None:
     if viewer.frames:
         metrics.FRAMES_SENT.inc(viewer.frames)
         viewer.frames = 0

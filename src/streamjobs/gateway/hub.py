@@ -42,6 +42,7 @@ class Hub:
         self._channels: dict[str, Channel] = {}
         self._viewers: set[Viewer] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._heads: dict[str, asyncio.Task[JobRecord]] = {}
         self._checker: asyncio.Task[None] | None = None
         self._drain_until: float | None = None
         self._viewer_left = asyncio.Event()
@@ -95,6 +96,22 @@ class Hub:
         return sum(len(channel.watchers) for channel in self._channels.values())
 
     # --- channels and viewers
+
+    async def head(self, job_id: str) -> JobRecord:
+        """A job's head, read once for all who ask while it is being read.
+
+        Raises `JobNotFound`, `StoreUnavailable`.
+        """
+        task = self._heads.get(job_id)
+        if task is None:
+            task = self._heads[job_id] = asyncio.create_task(self.store.jobs.get(job_id), name="head")
+            task.add_done_callback(lambda done: self._forget_head(job_id, done))
+        return await asyncio.shield(task)
+
+    def _forget_head(self, job_id: str, task: asyncio.Task[JobRecord]) -> None:
+        del self._heads[job_id]
+        if not task.cancelled():
+            task.exception()  # so that one that failed after its last reader left is no warning
 
     def find(self, job_id: str) -> Channel | None:
         """The channel of a job that is watched now and can be."""

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import encode_json
+from streamjobs.gateway.coding import Shared
+from streamjobs.gateway.sse import snapshot_frame
 from streamjobs.job import Fold
 from streamjobs.store import Page, Store
 
@@ -25,10 +27,11 @@ KEEP = 256
 
 
 class Snapshot(NamedTuple):
-    """A job's view as JSON, and the event it stands at."""
+    """A job's view as JSON, the event it stands at, and both as a frame for all streams that begin there."""
 
     cursor: Cursor
     view: bytes
+    frame: Shared
 
 
 class _Kept(NamedTuple):
@@ -123,7 +126,8 @@ class Snapshots:
 
 
 def _snapshot_of(fold: Fold) -> Snapshot:
-    return Snapshot(fold.cursor, encode_json(fold.view()))
+    view = encode_json(fold.view())
+    return Snapshot(fold.cursor, view, Shared(snapshot_frame(fold.cursor, view)))
 
 
 def _retrieve(task: asyncio.Task[Snapshot]) -> None:

@@ -1,6 +1,6 @@
 """One open stream: a cursor, and what is due to be sent next. Nothing here waits for Redis or a socket.
 
-Rule 1: `take` answers at once: bytes that are due, or None; then the stream's task sleeps in `wait`.
+Rule 1: `take` answers at once: what is due, or nothing; then the stream's task sleeps in `wait`.
 Rule 2: a cursor is believed only once it was found in the ring or the log, and again after a channel
 began anew. One that is not there gets `reset` and a snapshot in one piece: never a silent jump.
 Rule 3: a stream ends after its job's terminal event (or a snapshot that covers it), or with a handover
@@ -21,6 +21,7 @@ from streamjobs.cursor import START, Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.gateway import sse
 from streamjobs.gateway.channel import Channel, LogPage
+from streamjobs.gateway.coding import Piece
 from streamjobs.gateway.ring import Chunk
 from streamjobs.gateway.snapshots import Snapshot
 
@@ -129,32 +130,33 @@ class Viewer:
 
     # --- what is due
 
-    def take(self) -> bytes | None:
-        """The bytes that are due now, or None. `ended` is set once nothing comes after them."""
+    def take(self) -> tuple[Piece, ...]:
+        """What is due now, in pieces; none where nothing is. `ended` is set once nothing comes after them."""
         due = self._due()
-        if due is None:
-            return sse.HEARTBEAT if not self.ended and self._is_heartbeat_due(time.monotonic()) else None
+        if not due:
+            is_due = not self.ended and self._is_heartbeat_due(time.monotonic())
+            return (sse.HEARTBEAT,) if is_due else ()
         if self._is_first:
             self._is_first = False
-            return sse.retry_line() + due
+            return sse.retry_line(), *due
         return due
 
-    def _due(self) -> bytes | None:
+    def _due(self) -> tuple[Piece, ...]:
         channel = self._channel
         if self._leaving:
             self.ended, self._is_first = self._leaving, False
-            return sse.handover_frame(self._leaving)
+            return (sse.handover_frame(self._leaving),)
         if channel.error is not None:
             return self._fail(channel.error)
         if not channel.is_ready:
-            return None
+            return ()
         if self._generation != channel.generation:
             self._generation, self._is_known = channel.generation, False
         if self._cursor is None:
             return self._from_snapshot()
         return self._from_cursor(self._cursor)
 
-    def _from_cursor(self, cursor: Cursor) -> bytes | None:
+    def _from_cursor(self, cursor: Cursor) -> tuple[Piece, ...]:
         ring = self._channel.ring
         if self._reading is not None or not (self._is_known or ring.holds(cursor)):
             return self._from_log(cursor)
@@ -163,14 +165,14 @@ class Viewer:
             metrics.RING_MISSES.inc()
             return self._from_log(cursor)
         if cursor.seq < ring.top.seq:
-            return self._advance(ring.after(cursor.seq))
+            return self._advance_by(ring.after(cursor.seq))
         self._end_if_done(cursor)
-        return None
+        return ()
 
-    def _from_log(self, cursor: Cursor) -> bytes | None:
+    def _from_log(self, cursor: Cursor) -> tuple[Piece, ...]:
         page: LogPage | StreamjobsError | None = self._read(self._channel.page_after, cursor)
         if page is None:
-            return None
+            return ()
         if isinstance(page, StreamjobsError):
             return self._fail(page)
         if not page.found:
@@ -179,20 +181,20 @@ class Viewer:
             return self._from_snapshot()
         self._know("replay" if cursor == START else "resumed")
         if page.chunk is not None:
-            return self._advance(page.chunk)
+            return self._advance_by(page.chunk)
         self._end_if_done(cursor)
-        return None
+        return ()
 
-    def _from_snapshot(self) -> bytes | None:
+    def _from_snapshot(self) -> tuple[Piece, ...]:
         snapshot: Snapshot | StreamjobsError | None = self._read(self._channel.snapshot)
         if snapshot is None:
-            return None
+            return ()
         if isinstance(snapshot, StreamjobsError):
             return self._fail(snapshot)
         self._know("reset" if self._lost else "snapshot")
-        frame = self._lost + sse.snapshot_frame(snapshot.cursor, snapshot.view)
-        self._lost = b""
-        return self._advance(Chunk(frame, snapshot.cursor, 1))
+        reset, self._lost = self._lost, b""
+        self._advance(snapshot.cursor, 1)
+        return (reset, snapshot.frame) if reset else (snapshot.frame,)
 
     def _read(self, begin: Callable[..., asyncio.Task[Any]], *arguments: Any) -> Any:
         """The answer of a read that viewers share, None until it is there."""
@@ -205,20 +207,23 @@ class Viewer:
         task, self._reading = self._reading, None
         return task.result()
 
-    def _advance(self, chunk: Chunk) -> bytes:
-        self._cursor = chunk.cursor
-        self.frames += chunk.frames
-        self._end_if_done(chunk.cursor)
-        return chunk.body
+    def _advance_by(self, chunk: Chunk) -> tuple[Piece, ...]:
+        self._advance(chunk.cursor, chunk.frames)
+        return (chunk.body,)
+
+    def _advance(self, cursor: Cursor, frames: int) -> None:
+        self._cursor = cursor
+        self.frames += frames
+        self._end_if_done(cursor)
 
     def _end_if_done(self, cursor: Cursor) -> None:
         end = self._channel.end
         if end is not None and cursor.seq >= end.seq:
             self.ended = self.ended or "ended"
 
-    def _fail(self, error: StreamjobsError) -> bytes:
+    def _fail(self, error: StreamjobsError) -> tuple[Piece, ...]:
         self.ended = "error"
-        return sse.error_frame(error)
+        return (sse.error_frame(error),)
 
     def _know(self, began: str) -> None:
         self._is_known = True

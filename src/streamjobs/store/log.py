@@ -69,11 +69,12 @@ class Log:
         limit = max(1, min(limit, PAGE_EVENTS))
         held = self._decoded.holding(job_id, after)
         status, last, found, rows, line, blob, *_ = await self._read(
-            job_id, str(after), limit, max_bytes, held
+            job_id, str(after), limit, max_bytes, held.line
         )
         entries = [_entry(row) for row in rows]
         if line:
-            entries = self._decoded.entries(job_id, text(line), blob)
+            # what is held may have left the kept ones while the script was asked
+            entries = self._decoded.entries(job_id, text(line), blob) if blob else held.entries
             first = after.seq + 1 - entries[0].cursor.seq
             found = found == 1 or entries[first - 1].cursor == after
             entries = _bounded(entries[first:], limit, max_bytes) if found else []
@@ -138,6 +139,13 @@ class Log:
         }
 
 
+class _Held(NamedTuple):
+    """A segment that was kept: its line of the index, its entries."""
+
+    line: str
+    entries: list[Entry]
+
+
 class _Decoded:
     """The segments that were read last, by job and index line. They never change, so none is ever stale."""
 
@@ -145,16 +153,17 @@ class _Decoded:
         self._kept: dict[tuple[str, str], list[Entry]] = {}
         self._bytes = 0
 
-    def holding(self, job_id: str, after: Cursor) -> str:
-        """The index line of a segment kept here that holds `after` and more; else nothing."""
+    def holding(self, job_id: str, after: Cursor) -> _Held:
+        """The segment kept here that holds `after` and more; an empty one where there is none."""
         for (job, line), entries in self._kept.items():
             at = after.seq - entries[0].cursor.seq
             if job == job_id and 0 <= at < len(entries) - 1 and entries[at].cursor == after:
-                return line
-        return ""
+                self._kept[job, line] = self._kept.pop((job, line))
+                return _Held(line, entries)
+        return _Held("", [])
 
     def entries(self, job_id: str, line: str, blob: bytes) -> list[Entry]:
-        """The entries of a segment, which must be what the index says; `blob` is empty for one kept here."""
+        """The entries of a segment, which must be what the index says."""
         kept = self._kept.pop((job_id, line), None)
         if kept is None:
             kept = segments.decode(blob)

@@ -108,7 +108,7 @@ class Replay:
             if self._closed is not None:
                 _fail(future, self._closed)
             elif op in self._told:
-                future.set_result(self._told[op])
+                self._settle_later(future, self._told[op])
             elif self._changed is not None and op in self._outcomes:
                 _fail(future, self._changed)
         if op not in self._asked:
@@ -173,11 +173,19 @@ class Replay:
             self._loop.call_soon(self._tell_next, _HOPS - 1)
 
     def _touch(self) -> None:
-        """Something moved: see whether the next occurrence may be told."""
+        """Something moved: see whether the next occurrence may be told.
+
+        Never at once: whoever asked would go on before those that were to begin beside it.
+        """
         self._moved.set()
-        if not self._is_telling and self._ahead:
-            self._is_telling = True
-            self._tell_next()
+        if self._ahead:
+            self._tell_later()
+
+    def _settle_later(self, future: asyncio.Future[Occurrence], told: Occurrence, hops: int = _HOPS) -> None:
+        if hops:
+            self._loop.call_soon(self._settle_later, future, told, hops - 1)
+        elif not future.done():
+            future.set_result(told)
 
     def _tell_next(self, hops: int = 0) -> None:
         if hops:
