@@ -21,14 +21,17 @@ from streamjobs.archive import Archive, Header, Reading, line_of
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import ArchiveUnavailable, CursorNotFound, Invalid, JobNotFound
-from streamjobs.events import encode_json
 from streamjobs.gateway import sse
-from streamjobs.gateway.snapshots import Snapshot
+from streamjobs.gateway.coding import Plain
+from streamjobs.gateway.snapshots import Snapshot, snapshot_of
 from streamjobs.job import Caps, Fold
 from streamjobs.store import Page
 
 HEADERS = {"X-Streamjobs-Archived": "true"}
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+
+
+_PLAIN = Plain()
 
 
 class Archived:
@@ -65,7 +68,7 @@ class Archived:
             while fold.cursor.seq < (seq or end):
                 entries = await reading.page(limit=min(500, (seq or end) - fold.cursor.seq))
                 fold.apply_all(entries)
-        return Snapshot(fold.cursor, encode_json(fold.view()))
+        return snapshot_of(fold)
 
     async def page(self, job_id: str, after: Cursor, limit: int) -> Page:
         """A page of the log. Raises `CursorNotFound`."""
@@ -142,12 +145,13 @@ class Archived:
                     yield b"".join(map(sse.event_frame, entries))
                 return
         lost = b"" if cursor is None else sse.reset_frame("unknown_cursor", cursor)
-        yield lost + sse.snapshot_frame(*await self.snapshot(job_id))
+        yield lost + (await self.snapshot(job_id)).frame.plain
 
     async def _send(self, send: Send, body: bytes) -> None:
         """A client that takes nothing is let go: its file stays open as long as it is read."""
-        async with asyncio.timeout(self._settings.send_timeout):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        for portion in _PLAIN.portions([body]):
+            async with asyncio.timeout(self._settings.send_timeout):
+                await send({"type": "http.response.body", "body": portion, "more_body": True})
         metrics.STREAM_BYTES.inc(len(body))
 
 

@@ -70,7 +70,7 @@ KEYS: tuple[Key, ...] = (
         "projections",
         "hash",
         "forever",
-        "of each: rebuild asked for, cap seen; what was trimmed; see feed.lua",
+        "of each: since when, rebuild asked for, cap seen; what was trimmed; see feed.lua",
     ),
     _key("quarantine:<any>", "hash", "capped", "jobs on which a projection failed, and how"),
     _key("rebuilding:<any>", "string", "ttl", "the projector that rebuilds a projection"),
