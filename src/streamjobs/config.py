@@ -129,6 +129,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     projector_concurrency: int = 16
     """Jobs that one projector folds at once."""
 
+    # --- archive
+    archive_url: str = ""
+    """Ended jobs are kept there as files, for good: a folder, or an address of fsspec's; empty: nowhere."""
+    archive_timeout: float = 30.0
+    """How long one step of reading or writing a file may take there."""
+
     # --- worker
     concurrency: int = 400
     """Jobs that one worker process runs at once."""
@@ -361,7 +367,7 @@ _POSITIVE = (
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
     "provider_attempts",
-    "projector_concurrency",
+    "projector_concurrency", "archive_timeout",
 )  # fmt: skip
 
 

@@ -179,6 +179,12 @@ class TooSlow(StreamjobsError):
     code, http_status, retryable = "too_slow", 408, True
 
 
+class ArchiveUnavailable(StreamjobsError):
+    """The place where archived jobs are does not answer, or refuses. Try again later."""
+
+    code, http_status, retryable = "archive_unavailable", 503, True
+
+
 class StoreUnavailable(StreamjobsError):
     """Redis cannot be reached now. Try again."""
 

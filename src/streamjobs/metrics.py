@@ -64,6 +64,10 @@ PROJECTION_QUARANTINE = Gauge(
     "streamjobs_projection_quarantined", "Jobs set aside after an error", ["projection"], registry=REGISTRY
 )
 
+ARCHIVED = Counter(
+    "streamjobs_archived", "Tries to archive an ended job: archived, failed", ["outcome"], registry=REGISTRY
+)
+
 # --- gateway
 
 VIEWERS = Gauge("streamjobs_viewers", "Open streams, and requests that wait for a job", registry=REGISTRY)
@@ -72,7 +76,7 @@ FRAMES_SENT = Counter("streamjobs_frames_sent", "Event frames handed to viewers"
 STREAM_BYTES = Counter("streamjobs_stream_bytes", "Bytes handed to viewers", registry=REGISTRY)
 STREAMS_OPENED = Counter(
     "streamjobs_streams_opened",
-    "Streams by how they began: snapshot, replay, resumed, reset",
+    "Streams by how they began: snapshot, replay, resumed, reset, archived",
     ["began"],
     registry=REGISTRY,
 )

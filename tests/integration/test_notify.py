@@ -14,8 +14,9 @@ from streamjobs.events import ApprovalRequested, ErrorInfo, JobProgress
 from streamjobs.projections.notify import PAGE, PATIENCE, NotifyProjection
 from streamjobs.store import Notice, Store, Submission
 from streamjobs.webhook import Webhook
-from tests.conftest import RedisProcess, fast_settings
+from tests.conftest import RedisProcess, fast_settings, wait_until
 from tests.integration.gateway import Script
+from tests.projections.bench import caught_up, projecting
 
 APPROVAL = ApprovalRequested(key="deploy", subject="step", message="Deploy to production?")
 
@@ -111,7 +112,7 @@ async def test_whoever_read_an_older_position_tells_nothing(store: Store, notify
     assert await store.notices.tell(job.id, START, after, [], [])
     assert not await store.notices.tell(job.id, START, after, [], [])
     with pytest.raises(JobNotFound):
-        await store.notices.tell(job.id[:-1] + "a", START, after, [], [])
+        await store.notices.tell("j0-" + "a" * 26, START, after, [], [])
 
 
 async def test_a_long_log_is_told_to_its_end(store: Store, notify: NotifyProjection):
@@ -261,3 +262,25 @@ async def test_old_notices_leave_with_the_next_new_one(redis: RedisProcess):
     assert len(await filed(store, notify, 1)) == 1
     assert await store.notices.unread("anonymous") == 1
     await store.aclose()
+
+
+async def test_the_first_projector_over_an_old_store_tells_nothing_old(store: Store):
+    """Whoever turns notifications on would get thousands of mails about last year's jobs."""
+    hook, _ = await store.webhooks.create("anna", Webhook(url="https://example.org/hook"))
+    old = [await Script.start(store, owner="anna") for _ in range(3)]
+    live, waiting = [await Script.start(store, owner="anna") for _ in range(2)]
+    for job in old:
+        await job.complete()
+    await waiting.write(APPROVAL)
+    await asyncio.sleep(0.01)
+    async with projecting(store, NotifyProjection(store)):
+        await wait_until(lambda: caught_up(store, ["notify"]), 20)
+        assert [one.job for one in await told(store, "anna")] == [waiting.id], "it still waits"
+        await live.complete()
+        await wait_until(lambda: caught_up(store, ["notify"]), 20)
+    assert [one.job for one in await told(store, "anna")] == [live.id, waiting.id]
+    await store.feed.ask_rebuild("notify")
+    async with projecting(store, NotifyProjection(store)):
+        await wait_until(lambda: caught_up(store, ["notify"]), 20)
+    assert len(await told(store, "anna")) == 2
+    assert await store.client.zcard("sj:{0}:deliveries") == 2, hook

@@ -16,6 +16,7 @@ import click
 import httpx
 import msgspec
 import pytest
+import zstandard
 from click.testing import CliRunner
 
 from streamjobs.cli import options
@@ -26,13 +27,14 @@ from streamjobs.cli.show import Screen
 from streamjobs.client import WatchedEvent
 from streamjobs.client.client import Client
 from streamjobs.config import Settings
+from streamjobs.errors import StreamjobsError
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = [
-    "approve", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "list", "log",
-    "notifications", "pause", "projections", "projector", "provider", "queues", "rerun", "result", "resume",
-    "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit", "unstrike", "watch",
-    "webhooks", "worker", "workers",
+    "approve", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "export", "list",
+    "log", "notifications", "pause", "projections", "projector", "provider", "queues", "rerun", "result",
+    "resume", "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit", "unstrike",
+    "watch", "webhooks", "worker", "workers",
 ]  # fmt: skip
 HEAVY = [
     "starlette",
@@ -436,3 +438,29 @@ def test_options_win_over_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert settings.redis_url == "redis://variable"
     assert settings.port == Settings().port
     assert options.read_settings("redis://option", None, ()).redis_url == "redis://option"
+
+
+def test_export_writes_the_log_to_the_output_or_a_file(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A log that was taken away would lack its end, or a broken one would stand where the whole one was."""
+    gateway.events = [b'{"id":"1-7"}\n', b'{"id":"2-7"}\n']
+    whole = b"".join(gateway.events)
+    assert invoke("export", "j0-x").encode() == whole
+    assert gateway.requests[0].headers["accept"] == "application/x-ndjson"
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.zst"
+    invoke("export", "j0-x", "-o", str(plain))
+    invoke("export", "j0-x", "-o", str(packed))
+    assert plain.read_bytes() == whole
+    assert unpacked(packed.read_bytes()) == whole
+    invoke("export", "j0-x", "-o", str(plain), "--format", "zst")
+    assert unpacked(plain.read_bytes()) == whole
+    monkeypatch.setattr(gateway, "answer", lambda _: httpx.Response(404, json={"detail": "no such job"}))
+    with pytest.raises(StreamjobsError, match="no such job"):
+        invoke("export", "j0-x", "-o", str(packed))
+    assert unpacked(packed.read_bytes()) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.zst"]
+
+
+def unpacked(content: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompressobj().decompress(content)

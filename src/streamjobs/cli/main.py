@@ -14,6 +14,7 @@ import click
 from streamjobs.cli import control, look, operate
 from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
+from streamjobs.cli.export import export
 from streamjobs.cli.jobs import cancel, status, submit, watch
 from streamjobs.cli.notices import notifications, webhooks
 from streamjobs.cli.projections import projections, stats
@@ -47,7 +48,7 @@ def cli(context: click.Context, debug: bool) -> None:
 for command in (
     dev, demo, serve, worker, projector, provider, doctor, schedules, projections, stats,
     notifications, webhooks,
-    submit, watch, status, cancel,
+    submit, watch, status, cancel, export,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,
     control.delete,

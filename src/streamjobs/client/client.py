@@ -184,6 +184,22 @@ class Client:
         """Every tool call and step of a job, and how far it is known to be."""
         return (await self._call("GET", f"{_path(job_id)}/effects"))["effects"]
 
+    async def export(self, job_id: str) -> AsyncGenerator[bytes]:
+        """A job's whole log as it stands, a line of JSON an event, in pieces of any size.
+
+        Of a live, an ended or an archived job. Raises `GatewayError`, and `GatewayUnreachable` also where
+        the end is missing.
+        """
+        headers = {"accept": "application/x-ndjson"}
+        try:
+            async with self._http.stream("GET", f"{_path(job_id)}/events", headers=headers) as response:
+                if response.status_code != _OK:
+                    raise _refusal(response, await response.aread())
+                async for piece in response.aiter_bytes():
+                    yield piece
+        except httpx.TransportError as error:
+            raise GatewayUnreachable(f"{self._http.base_url} broke off: {type(error).__name__}") from error
+
     async def artifact(self, job_id: str, name: str) -> bytes:
         """The content of something that a job made; its media type is in the view's `artifacts`."""
         return (await self._request("GET", f"{_path(job_id)}/artifacts/{quote(name, safe='')}")).content

@@ -77,6 +77,10 @@ class Handle:
         """The job's events until its end, as `Client.watch`."""
         return self._client.watch(self.id, after)
 
+    def export(self) -> AsyncGenerator[bytes]:
+        """The job's whole log as it stands, as `Client.export`."""
+        return self._client.export(self.id)
+
     async def log(self, *, level: str = "debug", limit: int = 1000) -> list[dict[str, Any]]:
         """The newest lines of the job's log for people, from a level up, oldest first."""
         return await self._client.log(self.id, level=level, limit=limit)

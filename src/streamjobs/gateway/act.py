@@ -19,8 +19,10 @@ from starlette.routing import Route
 
 from streamjobs.approvals import APPROVAL, canonical
 from streamjobs.config import Settings
+from streamjobs.errors import JobNotFound
 from streamjobs.events import Json
 from streamjobs.gateway.answers import accepted, answer, links
+from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.requests import Label, Reason, idempotency_key, owner_of
 from streamjobs.gateway.snapshots import Snapshots
@@ -51,8 +53,9 @@ class _Requests(msgspec.Struct):
 class ActRoutes:
     """The routes that change single jobs."""
 
-    def __init__(self, store: Store, snapshots: Snapshots, settings: Settings) -> None:
+    def __init__(self, store: Store, snapshots: Snapshots, archived: Archived, settings: Settings) -> None:
         self._store = store
+        self._archived = archived
         self._snapshots = snapshots
         self._settings = settings
 
@@ -122,9 +125,15 @@ class ActRoutes:
         return accepted(made.job_id, made.kind, made.status, made.last, headers, rerun_of=job_id)
 
     async def delete(self, request: Request) -> Response:
-        """Forget an ended job, and everything of it, now."""
+        """Forget an ended job, and everything of it, now; its file in the archive too."""
         job_id: str = request.path_params["id"]
-        await self._store.retention.delete(job_id)
+        try:
+            await self._store.retention.delete(job_id)
+        except JobNotFound:
+            if not await self._archived.remove(job_id):
+                raise
+        else:
+            await self._archived.remove(job_id)
         return answer({"id": job_id, "deleted": True})
 
     async def _reason(self, request: Request) -> str:

@@ -18,8 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from streamjobs.archive import Archive
 from streamjobs.config import Settings
 from streamjobs.gateway.act import ActRoutes
+from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.catalog import CatalogRoutes
 from streamjobs.gateway.edge import Edge
 from streamjobs.gateway.events import Events
@@ -48,12 +50,14 @@ class Gateway:
         self.hub = Hub(store, settings)
         self._sweeper = Sweeper(store)
         self._sweeping: asyncio.Task[None] | None = None
+        archive = Archive.of(settings.archive_url, settings.archive_timeout)
+        archived = Archived(archive, settings, store.snapshots.caps)
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
         api = [
             *JobRoutes(store, self.hub, registry, settings).routes(),
-            *LookRoutes(store, self.hub, settings).routes(),
-            Route("/v1/jobs/{id}/events", Events(self.hub), methods=["GET"]),
-            *ActRoutes(store, self.hub.snapshots, settings).routes(),
+            *LookRoutes(store, self.hub, archived, settings).routes(),
+            Route("/v1/jobs/{id}/events", Events(self.hub, archived), methods=["GET"]),
+            *ActRoutes(store, self.hub.snapshots, archived, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
             *NoticeRoutes(store, settings).routes(),
             *CatalogRoutes(registry).routes(),

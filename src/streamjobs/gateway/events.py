@@ -29,10 +29,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from streamjobs import metrics
+from streamjobs.archive import line_of
 from streamjobs.cursor import START, Cursor, parse_cursor
-from streamjobs.errors import CursorNotFound, Invalid, StoreUnavailable
+from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
+from streamjobs.gateway.archived import HEADERS as ARCHIVED
+from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.coding import HEADERS, Coding, Plain, Zstd
 from streamjobs.gateway.edge import abort_of, on_lost
 from streamjobs.gateway.hub import Hub
@@ -66,8 +69,9 @@ class _Asked(NamedTuple):
 class Events:
     """The route, as an ASGI app."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, archived: Archived) -> None:
         self._hub = hub
+        self._archived = archived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the form that `Accept` asks for."""
@@ -82,7 +86,11 @@ class Events:
     # --- the stream
 
     async def _stream(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
-        record, end = await self._look_up(asked.job_id)
+        try:
+            record, end = await self._look_up(asked.job_id)
+        except JobNotFound:
+            await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+            return
         if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
             return
@@ -129,7 +137,13 @@ class Events:
 
     async def _page(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         cursor = asked.cursor or START
-        page = await self._read(asked.job_id, cursor, _limit(asked.limit, self._hub.settings.page_events))
+        limit = _limit(asked.limit, self._hub.settings.page_events)
+        headers = {"Cache-Control": "no-store"}
+        try:
+            page = await self._read(asked.job_id, cursor, limit)
+        except JobNotFound:
+            page = await self._archived.page(asked.job_id, cursor, limit)
+            headers |= ARCHIVED
         last = page.entries[-1].cursor if page.entries else cursor
         body = {
             "events": [_event(entry) for entry in page.entries],
@@ -138,17 +152,21 @@ class Events:
             "status": page.status,
             "more": not page.is_up_to_date,
         }
-        headers = {"Cache-Control": "no-store"}
         await Response(encode_json(body), 200, headers, "application/json")(scope, receive, send)
 
     async def _ndjson(self, asked: _Asked, send: Send) -> None:
-        page = await self._read(asked.job_id, asked.cursor or START, self._hub.settings.page_events)
+        cursor = asked.cursor or START
+        try:
+            page = await self._read(asked.job_id, cursor, self._hub.settings.page_events)
+        except JobNotFound:
+            await self._archived.ndjson(asked.job_id, cursor, send)
+            return
         headers = [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         more = True
         while more:
             more = not page.is_up_to_date
-            body = b"".join(encode_json(_event(entry)) + b"\n" for entry in page.entries)
+            body = b"".join(map(line_of, page.entries))
             async with asyncio.timeout(self._hub.settings.send_timeout):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
             if more:

@@ -8,6 +8,7 @@ Rule 3: what a job made is foreign content: it is given away as a download, in a
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,8 +19,11 @@ from starlette.routing import Route
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.effects import Ledger
+from streamjobs.errors import JobNotFound
 from streamjobs.events import JobLog, decode_event
-from streamjobs.gateway.answers import answer, etag, viewed
+from streamjobs.gateway.answers import Headers, answer, etag, viewed
+from streamjobs.gateway.archived import HEADERS as ARCHIVED
+from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.requests import (
     Instant,
@@ -32,7 +36,7 @@ from streamjobs.gateway.requests import (
     seq_of,
 )
 from streamjobs.job import Status
-from streamjobs.store import JobFilter, JobRecord, Store
+from streamjobs.store import JobFilter, JobRecord, Page, Store
 
 _LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 4}
 _MAX_LINES = 10_000
@@ -75,8 +79,9 @@ class JobsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class LookRoutes:
     """The routes that only read, of jobs."""
 
-    def __init__(self, store: Store, hub: Hub, settings: Settings) -> None:
+    def __init__(self, store: Store, hub: Hub, archived: Archived, settings: Settings) -> None:
         self._store = store
+        self._archived = archived
         self._hub = hub
         self._settings = settings
 
@@ -105,27 +110,43 @@ class LookRoutes:
         """Show a job: as it stands, `?at=<seq>` as it stood, `?wait=N` at its end, `&after=` at news."""
         job_id: str = request.path_params["id"]
         query = request.query_params
-        record = await self._store.jobs.get(job_id)
-        if "at" in query:
-            return viewed(await self._hub.snapshots.at(job_id, seq_of("at", query["at"])))
+        at = seq_of("at", query["at"]) if "at" in query else None
+        try:
+            record = await self._store.jobs.get(job_id)
+        except JobNotFound:
+            return await self._archived_view(request, job_id, at)
+        if at is not None:
+            return viewed(await self._hub.snapshots.at(job_id, at))
         record = await self._waited(request, record)
         if is_known(request.headers.get("if-none-match", ""), record.last):
             return Response(status_code=304, headers={"ETag": etag(record.last)})
         return viewed(await self._hub.snapshots.latest(job_id, at_least=record.last))
 
+    async def _archived_view(self, request: Request, job_id: str, at: int | None) -> Response:
+        cursor = (await self._archived.header(job_id)).cursor
+        if at is None and is_known(request.headers.get("if-none-match", ""), cursor):
+            return Response(status_code=304, headers={**ARCHIVED, "ETag": etag(cursor)})
+        return viewed(await self._archived.snapshot(job_id, at), ARCHIVED)
+
     async def result(self, request: Request) -> Response:
         """Show what came of a job; `?wait=N` waits for its end. Until then `status` says where it is."""
         job_id: str = request.path_params["id"]
-        record = await self._waited(request, await self._store.jobs.get(job_id))
-        snapshot = await self._hub.snapshots.latest(job_id, at_least=record.last)
-        return answer(_result_of(msgspec.json.decode(snapshot.view)), {"ETag": etag(snapshot.cursor)})
+        headers: Headers = {}
+        try:
+            record = await self._waited(request, await self._store.jobs.get(job_id))
+            snapshot = await self._hub.snapshots.latest(job_id, at_least=record.last)
+        except JobNotFound:
+            snapshot, headers = await self._archived.snapshot(job_id), ARCHIVED
+        result = _result_of(msgspec.json.decode(snapshot.view))
+        return answer(result, {**headers, "ETag": etag(snapshot.cursor)})
 
     async def log(self, request: Request) -> Response:
         """The job's lines for people, oldest first: the newest `?limit=` of those from `?level=` up."""
         job_id: str = request.path_params["id"]
         asked = parameters_of(request, LogQuery)
         least, lines, cursor = _LEVELS[asked.level], list[dict[str, Any]](), START
-        async for page in self._store.log.pages(job_id):
+        pages, headers = await self._pages(job_id)
+        async for page in pages:
             for entry in page.entries:
                 cursor = entry.cursor
                 if entry.type != JobLog.type:
@@ -134,18 +155,28 @@ class LookRoutes:
                 if isinstance(line, JobLog) and _LEVELS.get(line.level, 1) >= least:
                     lines.append(_line(cursor, line))
             del lines[: -asked.limit]
-        return answer({"job": job_id, "lines": lines, "cursor": str(cursor)})
+        return answer({"job": job_id, "lines": lines, "cursor": str(cursor)}, headers)
 
     async def effects(self, request: Request) -> Response:
         """The effect ledger: every tool call and step, and how far it is known to be."""
         job_id: str = request.path_params["id"]
         ledger, cursor = Ledger(), START
-        async for page in self._store.log.pages(job_id):
+        pages, headers = await self._pages(job_id)
+        async for page in pages:
             for entry in page.entries:
                 cursor = entry.cursor
                 if Ledger.reads(entry.type):
                     ledger.apply(decode_event(entry.type, entry.data))
-        return answer({"job": job_id, "effects": ledger.effects(), "cursor": str(cursor)})
+        return answer({"job": job_id, "effects": ledger.effects(), "cursor": str(cursor)}, headers)
+
+    async def _pages(self, job_id: str) -> tuple[AsyncIterator[Page], Headers]:
+        """The job's log, and what an answer made from it says."""
+        try:
+            await self._store.jobs.get(job_id)
+        except JobNotFound:
+            await self._archived.header(job_id)
+            return self._archived.pages(job_id), ARCHIVED
+        return self._store.log.pages(job_id), {}
 
     async def artifact(self, request: Request) -> Response:
         """Give something away that the job made, as it is."""

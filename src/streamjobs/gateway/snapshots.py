@@ -70,7 +70,7 @@ class Snapshots:
         while True:
             fold.apply_all(entry for entry in page.entries if entry.cursor.seq <= seq)
             if fold.cursor.seq == seq:
-                return _snapshot_of(fold)
+                return snapshot_of(fold)
             if page.is_up_to_date:
                 raise Invalid(f"at: the log ends at {fold.cursor.seq}")
             page = await self._log.page(job_id, fold.cursor)
@@ -97,7 +97,7 @@ class Snapshots:
             kept = self._kept.pop(job_id, None)
             known = kept.snapshot.cursor if kept else None
             fold = await self._up_to_date(job_id, kept.fold if kept else None)
-            snapshot = kept.snapshot if kept and fold.cursor == known else _snapshot_of(fold)
+            snapshot = kept.snapshot if kept and fold.cursor == known else snapshot_of(fold)
             self._keep(job_id, _Kept(fold, snapshot, time.monotonic()))
             return snapshot
         finally:
@@ -125,7 +125,8 @@ class Snapshots:
         self._kept[job_id] = kept
 
 
-def _snapshot_of(fold: Fold) -> Snapshot:
+def snapshot_of(fold: Fold) -> Snapshot:
+    """What a fold shows now."""
     view = encode_json(fold.view())
     return Snapshot(fold.cursor, view, Shared(snapshot_frame(fold.cursor, view)))
 

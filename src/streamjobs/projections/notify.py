@@ -3,7 +3,9 @@
 Rule 1: a stretch of a log is told of by whoever writes first how far it was told; nobody tells it twice. A
 log that was replaced by another history is told from its beginning.
 Rule 2: an owner's notices leave out the ends of children, which their parents hear of; webhooks get them.
-Rule 3: what is sent says what happened and where to look, never what a job was given or made.
+Rule 3: a job that ended before there was a projector to tell of it is history, and no news: the first one
+over an existing store would send years of it.
+Rule 4: what is sent says what happened and where to look, never what a job was given or made.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ class NotifyProjection:
     async def _advance_once(self, job_id: str) -> bool:
         """One page; whether the end of the log was reached."""
         told = await self._store.notices.told(job_id)
+        if told.is_history:
+            return await self._store.notices.tell(job_id, told.cursor, told.last, [], [])
         page = await self._store.log.page(job_id, told.cursor, limit=PAGE)
         is_whole = told.cursor == START or not page.found
         if not page.found:

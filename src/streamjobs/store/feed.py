@@ -197,6 +197,11 @@ class Feed:
             jobs += [text(job) for job in await self._call("retry", partition, name)]
         return jobs
 
+    async def retry_jobs(self, partition: int, name: str, jobs: Sequence[str]) -> None:
+        """The same for some of a partition's."""
+        if jobs:
+            await self._call("retry", partition, name, *jobs)
+
     # --- rebuild
 
     async def ask_rebuild(self, name: str) -> None:

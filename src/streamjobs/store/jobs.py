@@ -42,7 +42,7 @@ from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BATCH = 500
-_HEAD = ("status", "owner", "kind", "queue", "last", "cancel", "created")
+_HEAD = ("status", "owner", "kind", "queue", "last", "cancel", "created", "ended", "archived")
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -109,6 +109,8 @@ class JobRecord(NamedTuple):
     last: Cursor
     cancel_requested: bool
     created_ms: int = 0
+    ended_ms: int = 0
+    is_archived: bool = False
 
     @property
     def is_ended(self) -> bool:
@@ -318,7 +320,10 @@ class Jobs:
 def _record(job_id: str, head: list[Any]) -> JobRecord:
     status, owner, kind, queue, last = (text(value) for value in head[:5])
     cancelled, created = bool(head[5]), int(head[6] or 0)
-    return JobRecord(job_id, status, owner, kind, queue, stored_cursor(last), cancelled, created)
+    ended, is_archived = int(head[7] or 0), bool(head[8])
+    return JobRecord(
+        job_id, status, owner, kind, queue, stored_cursor(last), cancelled, created, ended, is_archived
+    )
 
 
 def _queued(sub: Submission, timeout_ms: int) -> JobQueued:

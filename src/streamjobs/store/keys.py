@@ -70,7 +70,7 @@ KEYS: tuple[Key, ...] = (
         "projections",
         "hash",
         "forever",
-        "of each: rebuild asked for, cap seen; what was trimmed; see feed.lua",
+        "of each: since when, rebuild asked for, cap seen; what was trimmed; see feed.lua",
     ),
     _key("quarantine:<any>", "hash", "capped", "jobs on which a projection failed, and how"),
     _key("rebuilding:<any>", "string", "ttl", "the projector that rebuilds a projection"),
@@ -158,6 +158,7 @@ FIELDS: dict[str, str] = {
     "told": "id of the last event that its owner's notices and webhooks were told of",
     "sealed": "id of the last event that is in a segment; those above are in the stream",
     "snap": "id of the event at which the stored snapshot stands: none, or the same",
+    "archived": "set once its file is in the archive",
     "stats": "how far its log is counted, see stats.lua",
 }
 """Fields of a job's hash, all optional but the first few."""

@@ -45,10 +45,15 @@ class Posting(NamedTuple):
 
 
 class Told(NamedTuple):
-    """Whose job it is, and the event up to which its log was told of."""
+    """Whose job it is, and the event up to which its log was told of.
+
+    `is_history`: nothing of it was told, and it ended before anybody was there to tell of it.
+    """
 
     owner: str
     cursor: Cursor
+    last: Cursor
+    is_history: bool
 
 
 class Notice(msgspec.Struct, frozen=True):
@@ -75,10 +80,14 @@ class Notices:
     async def told(self, job_id: str) -> Told:
         """How far a job was told of. Raises `JobNotFound`."""
         with translated():
-            owner, told = await self._client.hmget(keys.job_key(job_id), ["owner", "told"])
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.hmget(keys.job_key(job_id), ["owner", "told", "last", "ended"])
+                pipe.hget(f"{keys.prefix(keys.partition_of_job(job_id))}projections", "since:notify")
+                (owner, told, last, ended), since = await pipe.execute()
         if owner is None:
             raise JobNotFound("no such job")
-        return Told(text(owner), stored_cursor(told) if told else START)
+        is_history = not told and bool(ended) and int(ended) < int(since or 0)
+        return Told(text(owner), stored_cursor(told) if told else START, stored_cursor(last), is_history)
 
     async def tell(
         self, job_id: str, before: Cursor, after: Cursor, news: Iterable[News], postings: Iterable[Posting]

@@ -6,7 +6,7 @@ Rule 2: when memory is short, the jobs go first that would go first anyway; one 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from redis.asyncio import Redis
 
@@ -26,9 +26,15 @@ class Retention:
         self._scripts = scripts
         self._plain = plain
 
-    async def keep(self, job_id: str, seconds: float) -> None:
-        """Keep an ended job so long after its end. Raises `JobNotFound`, `JobNotEnded`."""
-        await self._act("keep", job_id, ms(seconds))
+    async def keep(
+        self, job_id: str, seconds: float, *, archive: Literal["", "archived", "held"] = ""
+    ) -> None:
+        """Keep an ended job so long after its end.
+
+        `archived`: its file is in the archive. `held`: its file is yet to be, so short memory does not take
+        the job. Raises `JobNotFound`, `JobNotEnded`.
+        """
+        await self._act("keep", job_id, ms(seconds), archive)
 
     async def delete(self, job_id: str) -> None:
         """Forget an ended job now. Raises `JobNotFound`, `JobNotEnded`."""
@@ -47,7 +53,7 @@ class Retention:
         """Forget up to `count` ended jobs before their time; returns how many went."""
         return await self._scripts.call(Scripts.RETAIN, partition, "relieve", count, ms(fresh))
 
-    async def _act(self, act: str, job_id: str, *arguments: int) -> None:
+    async def _act(self, act: str, job_id: str, *arguments: int | str) -> None:
         partition = keys.partition_of_job(job_id)
         verdict, *rest = await self._scripts.call(Scripts.RETAIN, partition, act, job_id, *arguments)
         if text(verdict) == "gone":

@@ -2,7 +2,7 @@
 -- is left to settle.
 -- ARGV 2 what, 3 projection, then
 --   read: consumer, most -> {{id, notes or ''}, …}: what this consumer has read and not acknowledged (its answer was
---     lost, its batch failed, it claimed them), else what is new. The group is made where it is missing.
+--     lost, its batch failed, it claimed them), else what is new. The group is made where it is missing, and `since` says when.
 --   ack: n, n entry ids, jobs that were advanced (they leave the quarantine) -> {}
 --   quarantine: job, what is known, most -> {"ok"} | {"full"}
 --   retry: jobs, none for all of them -> {jobs}; they leave the quarantine and are noted on the feed again
@@ -90,6 +90,7 @@ local function read(consumer, most)
     look_for_holes(group)
   else
     redis.call('XGROUP', 'CREATE', FEED, NAME, '0', 'MKSTREAM')
+    redis.call('HSET', KNOWN, 'since:' .. NAME, NOW_TEXT)
     ask('new')
   end
   local entries = read_group(consumer, most, '0')

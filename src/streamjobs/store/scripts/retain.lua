@@ -1,8 +1,10 @@
 -- retain: how long ended jobs are kept.
--- ARGV 2 "keep", 3 job, 4 how long after its end (ms): sets the expiry of everything of the job
+-- ARGV 2 "keep", 3 job, 4 how long after its end (ms), 5 "", "archived" (its file is) or "held" (its file is yet to be):
+--   sets the expiry of everything of the job
 -- or "delete", 3 job, 4 JSON fields of the note;  or "relieve", 3 how many at most, 4 how long ended at least (ms)
 -- answer: {"ok"} | {"live", status} | {"gone"};  relieve: how many jobs went. Sent twice, keep says the same, delete "gone".
--- `ended` names kept jobs by when they expire: those that would go first go first when memory is short.
+-- `ended` names kept jobs by when they expire: those that would go first go first when memory is short. Held ones are
+-- not there: they would be nowhere then.
 
 local KEPT = PREFIX .. 'ended'
 
@@ -29,13 +31,21 @@ function acts.keep()
   local job = fetch(ARGV[3])
   if not job then return { 'gone' } end
   if not ENDED[job.h.status] then return { 'live', job.h.status } end
+  if ARGV[5] == 'archived' and not job.h.archived then
+    put(job, 'archived', '1')
+    save(job)
+  end
   local expiry = string.format('%d', math.max(number(job, 'ended') + ARGV[4], NOW + 1))
   for _, key in ipairs(keys_of(job)) do redis.call('PEXPIREAT', key, expiry) end
   if job.h.idem then
     local remembered = number(job, 'created') + OPT.idempotency
     redis.call('PEXPIREAT', PREFIX .. 'idem:' .. job.h.idem, string.format('%d', math.max(tonumber(expiry), remembered)))
   end
-  redis.call('ZADD', KEPT, expiry, job.id)
+  if ARGV[5] == 'held' and not job.h.archived then
+    redis.call('ZREM', KEPT, job.id)
+  else
+    redis.call('ZADD', KEPT, expiry, job.id)
+  end
   redis.call('ZREMRANGEBYSCORE', KEPT, '-inf', NOW_TEXT)
   return { 'ok' }
 end

@@ -1,0 +1,289 @@
+"""The archive: ended jobs as files, one each, which outlive Redis. Made of a `Target`.
+
+Rule 1: a file is `<two letters of the id>/<job id>.jsonl.zst`: one line of JSON about the job, then a line
+for each event, just as `GET /v1/jobs/{id}/events` gives it as NDJSON. `zstdcat FILE | jq` reads it.
+Rule 2: a file counts as written once it was read back from where it is, and holds what it should.
+Rule 3: neither writing nor reading holds more of a job than a page. Both run in threads of their own, few of
+them: a target that hangs takes nothing but those.
+Rule 4: the same job gives the same file, whoever writes it and however often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import re
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+import zstandard
+
+from streamjobs.cursor import START, Cursor, parse_cursor
+from streamjobs.errors import ArchiveUnavailable, InvalidCursor, JobNotFound, StreamjobsError
+from streamjobs.events import encode_json
+from streamjobs.segments import Entry
+from streamjobs.targets import Target, target_of, troubles
+
+FORMAT = 1
+PAGE_EVENTS = 500
+PAGE_BYTES = 256 * 1024
+_THREADS = 4
+_LEVEL = 6
+_MAX_LINE = 128 * 1024 * 1024
+_JOB_ID = re.compile(r"j(?:0|[1-9]\d{0,3})-([a-z2-7]{2})[a-z2-7]{24}", re.ASCII)
+
+Result = TypeVar("Result")
+
+
+class DamagedArchive(StreamjobsError):  # noqa: N818 - named after what happened, as all of ours
+    """A file of the archive that does not hold what it should."""
+
+    code = "damaged_archive"
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The first line of a file: whose job it is, how it ended, and how many events follow."""
+
+    id: str
+    owner: str
+    kind: str
+    status: str
+    created_ms: int
+    ended_ms: int
+    events: int
+    last: str
+    format: int = FORMAT
+
+    @property
+    def cursor(self) -> Cursor:
+        """The last event's."""
+        return parse_cursor(self.last)
+
+
+class _Line(msgspec.Struct, frozen=True):
+    id: str
+    type: str
+    data: msgspec.Raw
+
+
+_header_decoder = msgspec.json.Decoder(Header)
+_line_decoder = msgspec.json.Decoder(_Line)
+
+
+def line_of(entry: Entry) -> bytes:
+    """An event as one line of NDJSON."""
+    return encode_json({"id": str(entry.cursor), "type": entry.type, "data": msgspec.Raw(entry.data)}) + b"\n"
+
+
+def name_of(job_id: str) -> str:
+    """The name of a job's file. Raises `JobNotFound` for what cannot be an id."""
+    match = _JOB_ID.fullmatch(job_id)
+    if match is None:
+        raise JobNotFound("no such job")
+    return f"{match[1]}/{job_id}.jsonl.zst"
+
+
+class Archive:
+    """Writes, reads and removes the files of jobs."""
+
+    def __init__(self, target: Target, timeout: float) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="archive")
+
+    @classmethod
+    def of(cls, url: str, timeout: float) -> Archive | None:
+        """The archive that the settings name, None without one. Raises `ConfigError`."""
+        return cls(target_of(url), timeout) if url else None
+
+    async def write(self, header: Header, pages: AsyncIterable[Iterable[Entry]]) -> None:
+        """Write a job's file, and check it.
+
+        Raises `ArchiveUnavailable`, `DamagedArchive` where what is there then is something else, and
+        `StreamjobsError` where the pages do not hold what the header says.
+        """
+        name = name_of(header.id)
+        staged = await self._run(self._target.stage, name)
+        try:
+            writer = _Writer(staged.open("wb"), header)
+            try:
+                async for entries in pages:
+                    await self._run(writer.add, list(entries))
+            finally:
+                await self._run(writer.close)
+            writer.check()
+            await self._run(self._target.commit, staged, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._target.discard(staged)
+            raise
+        await self._verify(header)
+
+    async def _verify(self, header: Header) -> None:
+        try:
+            async with self.reading(header.id) as reading:
+                if reading.header != header:
+                    raise DamagedArchive(f"the file of {header.id} is about something else")
+                while await reading.page():
+                    pass
+        except JobNotFound as error:
+            raise DamagedArchive(f"the file of {header.id} is not there") from error
+
+    @contextlib.asynccontextmanager
+    async def reading(self, job_id: str) -> AsyncGenerator[Reading]:
+        """Read a job's file. Raises `JobNotFound`, `ArchiveUnavailable`, `DamagedArchive`."""
+        name = name_of(job_id)
+        try:
+            reader = await self._run(lambda: _Reader(self._target.open(name)))
+        except FileNotFoundError as error:
+            raise JobNotFound("no such job") from error
+        try:
+            if reader.header.id != job_id:
+                raise DamagedArchive(f"the file of {job_id} is about another job")
+            yield Reading(reader, self._run)
+        finally:
+            with contextlib.suppress(ArchiveUnavailable):
+                await self._run(reader.close)
+
+    async def remove(self, job_id: str) -> bool:
+        """Remove a job's file; False where there is none. Raises `ArchiveUnavailable`."""
+        try:
+            return await self._run(self._target.remove, name_of(job_id))
+        except (FileNotFoundError, JobNotFound):
+            return False
+
+    async def _run(self, act: Callable[..., Result], *arguments: Any) -> Result:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await loop.run_in_executor(self._threads, _translated, act, *arguments)
+        except TimeoutError as error:
+            raise ArchiveUnavailable(f"the archive did not answer within {self._timeout:g} s") from error
+
+
+def _translated(act: Callable[..., Result], *arguments: Any) -> Result:
+    with troubles():
+        return act(*arguments)
+
+
+class Reading:
+    """A job's file while it is read; from its first event, or from behind one."""
+
+    def __init__(self, reader: _Reader, run: Callable[..., Any]) -> None:
+        self._reader = reader
+        self._run = run
+        self.header = reader.header
+
+    async def seek(self, after: Cursor) -> bool:
+        """Go behind an event, once and before anything else; False where it is not in the log."""
+        return after == START or await self._run(self._reader.seek, after)
+
+    async def page(self, limit: int = PAGE_EVENTS, max_bytes: int = PAGE_BYTES) -> list[Entry]:
+        """The next events, at most so many; none at the end."""
+        return await self._run(self._reader.page, limit, max_bytes)
+
+
+class _Writer:
+    def __init__(self, file: BinaryIO, header: Header) -> None:
+        self._header = header
+        self._file = file
+        compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+        self._out: Any = compressor.stream_writer(file)
+        self._out.write(encode_json(header) + b"\n")
+        self._seq = 0
+        self._last = START
+
+    def add(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self._seq += 1
+            self._last = entry.cursor
+            if entry.cursor.seq != self._seq:
+                raise StreamjobsError(f"the log of {self._header.id} has a hole before {entry.cursor}")
+        self._out.write(b"".join(map(line_of, entries)))
+
+    def close(self) -> None:
+        self._out.close()
+
+    def check(self) -> None:
+        """Raise unless all of it was written."""
+        if self._seq != self._header.events or self._last != self._header.cursor:
+            raise StreamjobsError(
+                f"the log of {self._header.id} ends at {self._last}, not {self._header.last}"
+            )
+
+
+class _Reader:
+    """Lines are counted: a file that was cut ends in silence."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        try:
+            stream: Any = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            self._lines = io.BufferedReader(stream, 128 * 1024)
+            self.header = self._decoded(_header_decoder, self._line())
+            if self.header.format != FORMAT:
+                raise DamagedArchive(f"a file of format {self.header.format}, not {FORMAT}")
+            self._end = self.header.cursor
+        except InvalidCursor as error:
+            self.close()
+            raise DamagedArchive("a file's first line is not one of ours") from error
+        except BaseException:
+            self.close()
+            raise
+        self._seq = 0
+
+    def seek(self, after: Cursor) -> bool:
+        if not 0 < after.seq <= self.header.events:
+            return False
+        for _ in range(after.seq - 1):
+            self._line()
+            self._seq += 1
+        return self._entry().cursor == after
+
+    def page(self, limit: int, max_bytes: int) -> list[Entry]:
+        entries: list[Entry] = []
+        size = 0
+        while len(entries) < limit and size < max_bytes and self._seq < self.header.events:
+            entries.append(self._entry())
+            size += len(entries[-1].data)
+        if not entries and self._read(1):
+            raise DamagedArchive(f"the file of {self.header.id} has more events than it says")
+        return entries
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _entry(self) -> Entry:
+        line = self._decoded(_line_decoder, self._line())
+        self._seq += 1
+        try:
+            cursor = parse_cursor(line.id)
+        except InvalidCursor as error:
+            raise DamagedArchive(f"event {self._seq} of {self.header.id} has no id") from error
+        if cursor.seq != self._seq or (cursor.seq == self.header.events and cursor != self._end):
+            raise DamagedArchive(f"event {self._seq} of {self.header.id} is another one: {cursor}")
+        return Entry(cursor, line.type, bytes(line.data))
+
+    def _line(self) -> bytes:
+        try:
+            line = self._lines.readline(_MAX_LINE)
+        except zstandard.ZstdError as error:
+            raise DamagedArchive("a file of the archive cannot be read") from error
+        if not line.endswith(b"\n"):
+            raise DamagedArchive("a file of the archive ends too early")
+        return line
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._lines.read(size)
+        except zstandard.ZstdError as error:
+            raise DamagedArchive("a file of the archive cannot be read") from error
+
+    def _decoded(self, decoder: msgspec.json.Decoder[Result], line: bytes) -> Result:
+        try:
+            return decoder.decode(line)
+        except msgspec.MsgspecError as error:
+            raise DamagedArchive("a line of the archive is not one of ours") from error
