@@ -8,7 +8,22 @@ from typing import Any
 
 import pytest
 from loadtests import __main__ as command
-from loadtests import cancel, jobs, latency, measure, pacing, provider, report, steps, tokens
+from loadtests import (
+    cancel,
+    jobs,
+    join,
+    latency,
+    measure,
+    pacing,
+    prose,
+    provider,
+    report,
+    retained,
+    steps,
+    streamjobs_peer,
+    tokens,
+    viewers,
+)
 from loadtests.marks import Marks, Pen
 from loadtests.peers.peer import Peer
 from loadtests.processes import RunError
@@ -321,6 +336,83 @@ class TestCancel:
         assert report.table(found.tables[0])
 
 
+class TestJoin:
+    options = command.parse(["join"])
+
+    def run(self, way: str, viewers: int, seconds: float) -> join.Run:
+        return join.Run(way, 1, viewers, [seconds / 2] * (viewers - 1) + [seconds], [0.02], 1000, 40, 0.5)
+
+    def test_ways_are_compared_by_viewer(self) -> None:
+        """The slow way is given fewer viewers: comparing the totals would flatter it."""
+        runs = [self.run(join.OURS.name, 100, 0.2), self.run(join.WAYS[2].name, 10, 2.0)]
+        memory = [{"deltas": 10, "text": 2000, "held": 2200}, {"deltas": "ended", "text": 2000, "held": 2400}]
+        found = join.section(self.options, runs, {"streamjobs, plain": "failed: no"}, [
+            *memory[:1], memory[1] | {"plain": 30_000},
+        ])  # fmt: skip
+        ours, plain, others = found.tables[0].rows
+        assert ours[1:10] == ["20.0", "20.0", "100", "100", "100", "2.00", "-", "1,000", "0.50 x"]
+        assert plain[:2] == ["streamjobs, plain", "failed: no"]
+        assert others[7] == "100.00 x"
+        assert found.tables[1].rows[0] == ["10", "2,000", "2,200", "1.10 x"]
+        assert found.tables[1].rows[2][3] == "15.00 x"
+        assert all(report.table(table) for table in found.tables)
+
+    def test_a_run_without_a_job_keeps_its_rows(self) -> None:
+        """A report without the table reads as if nobody had asked."""
+        found = join.section(
+            self.options, [], dict.fromkeys((way.name for way in join.WAYS), "failed: no"), []
+        )
+        assert [row[1] for row in found.tables[0].rows] == ["failed: no"] * 3
+        assert len(found.failures) == 3
+        assert all(report.table(table) for table in found.tables)
+
+
+class TestRetained:
+    options = command.parse(["retained"])
+
+    def test_what_is_kept_stands_beside_the_text(self) -> None:
+        """The ratio is what operators size their Redis by."""
+        kept = retained.Kept(10, 20_000, 10_000, 30_000, {"job:<id>": 500.4})
+        folding = retained.Folding(1000, 0.5, 0.01)
+        plain, curve = retained.Plain(9000, 4000), [{"jobs": 10, "unsealed": 90_000, "sealed": 30_000}]
+        found = retained.section(self.options, retained.Run(kept, plain, [folding], [folding], curve), "")
+        held, aim = found.tables[0].rows[:2]
+        assert held[1:] == ["3,000", "1.50 x", "3.00 x"]
+        assert aim[1] == "2,100"
+        assert found.tables[1].rows == [["job:<id>", "500"]]
+        assert found.tables[2].rows[0][1:] == ["1,000", "2,000", "10.0"]
+        assert found.tables[3].rows == [["10", "0.1", "0.0", "3,000"]]
+        assert all(report.table(table) for table in found.tables)
+
+    def test_a_failure_is_the_section(self) -> None:
+        """A scenario that broke must say so, and fail the run."""
+        found = retained.section(self.options, None, "failed: no")
+        assert (found.notes, found.failures) == (["failed: no"], ["retained: failed: no"])
+
+    def test_keys_are_counted_by_kind(self) -> None:
+        """A table with a row for each job would say nothing."""
+        assert streamjobs_peer.kind_of("sj:{0}:job:j0-abc:sealed") == "job:<id>:sealed"
+        assert streamjobs_peer.kind_of("sj:{0}:feed") == "feed"
+
+
+class TestProse:
+    def test_a_seed_is_a_text(self) -> None:
+        """Rounds that say something else would compress to something else."""
+        assert prose.tokens(3, 50) == prose.tokens(3, 50) != prose.tokens(4, 50)
+        assert all(word.endswith(" ") for word in prose.tokens(3, 50))
+
+
+class TestViewers:
+    async def test_a_viewer_that_missed_the_end_fails_the_run(self) -> None:
+        """A gateway that stops early must not pass as a fast one."""
+        viewer = viewers.Viewer(b"", 10)
+        viewer.data_received(b"HTTP/1.1 200 OK\r\n\r\n2\r\n:\n\r\n1a\r\nid: 7-5\nevent: a\ndata: 1\n\n\r\n")
+        assert viewer.done.done()
+        viewer.require("7-5")
+        with pytest.raises(RuntimeError, match="did not get 8-5"):
+            viewer.require("8-5")
+
+
 class TestCommandLine:
     def test_quick_shrinks_every_scenario(self) -> None:
         """CI runs --quick; a scenario that forgets it would take minutes there."""
@@ -329,6 +421,8 @@ class TestCommandLine:
         assert quick.jobs < full.jobs
         assert quick.streams * quick.seconds < full.streams * full.seconds
         assert quick.workflows < full.workflows
+        assert quick.join_events * quick.join_viewers < full.join_events * full.join_viewers / 10
+        assert quick.retained_jobs < full.retained_jobs
 
     def test_unknown_scenarios_are_refused(self) -> None:
         """A typo must not run everything."""

@@ -28,7 +28,7 @@ from streamjobs.gateway.ring import CHUNK_BYTES, Chunk, Ring
 from streamjobs.gateway.snapshots import Snapshot
 from streamjobs.gateway.sse import event_frame
 from streamjobs.retry import Backoff
-from streamjobs.store import Entry, JobRecord
+from streamjobs.store import Entry, JobRecord, Page
 
 if TYPE_CHECKING:
     from streamjobs.gateway.hub import Hub
@@ -40,6 +40,8 @@ Result = TypeVar("Result")
 PATIENCE = Backoff(base=0.1, cap=2.0)
 PAGE_KEPT = 0.25
 """Seconds for which a page that was read is there for others who replay the same log."""
+_PAGES = 16
+"""Pages that are there at most; the oldest leaves first, and only those who wait for it still get it."""
 POSITION_GRACE = 0.25
 """Seconds for which pub/sub may be behind the log before it counts as a loss."""
 _AHEAD = 5000
@@ -289,22 +291,24 @@ class Channel:
         """The frames of the log behind `cursor`, as a task that never raises."""
         task = self._pages.get(cursor)
         if task is None:
+            if len(self._pages) >= _PAGES:
+                del self._pages[next(iter(self._pages))]
             task = self._pages[cursor] = self._spawn(self._page(cursor), "page")
         return task
 
     async def _page(self, cursor: Cursor) -> LogPage | StreamjobsError:
         pages = self._pages
         try:
-            page = await self._patiently(
-                lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
-            )
+            async with self._hub.reading:
+                return _framed(
+                    await self._patiently(
+                        lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
+                    )
+                )
         except StreamjobsError as error:
             return error
         finally:
             self._loop.call_later(PAGE_KEPT, pages.pop, cursor, None)
-        frames = [event_frame(entry) for entry in page.entries]
-        chunk = Chunk(b"".join(frames), page.entries[-1].cursor, len(frames)) if frames else None
-        return LogPage(page.found, chunk)
 
     def snapshot(self) -> asyncio.Task[Snapshot | StreamjobsError]:
         """The view as it stands, as a task that never raises."""
@@ -323,3 +327,9 @@ class Channel:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _framed(page: Page) -> LogPage:
+    frames = [event_frame(entry) for entry in page.entries]
+    chunk = Chunk(b"".join(frames), page.entries[-1].cursor, len(frames)) if frames else None
+    return LogPage(page.found, chunk)

@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 1000
 """Positions compared in one round trip."""
+_READS = 4
+"""Pages of logs that are read at once."""
 _LAST_SEND = 1.0
 """Seconds that a stream told to leave has for it."""
 
@@ -39,6 +41,8 @@ class Hub:
         self.store = store
         self.settings = settings
         self.snapshots = Snapshots(store)
+        self.reading = asyncio.Semaphore(_READS)
+        """For who reads a page of a log: the events of a page take several times the memory of its frames."""
         self._channels: dict[str, Channel] = {}
         self._viewers: set[Viewer] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
