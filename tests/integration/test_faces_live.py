@@ -144,6 +144,7 @@ def is_told_and_forgets(shell: Shell, failed: str) -> None:
     while failed not in shell("notifications", "list").stdout:
         assert time.monotonic() < deadline, "nobody was told"
         time.sleep(0.05)
+    assert "job.failed" in shell("export", failed).stdout
     assert failed in shell("delete", failed).stdout
     with pytest.raises(GatewayError, match="no such job"):
         shell("status", failed)
