@@ -36,7 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     names = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(names)} (all)")
     parser.add_argument("--repeat", type=int, default=3, help="interleaved rounds (3)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, one round: does it work? (< 90 s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, one round: does it work? (< 120 s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers as JSON")
     for scenario in SCENARIOS:
         scenario.add_options(parser)

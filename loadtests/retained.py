@@ -269,7 +269,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def quicken(options: argparse.Namespace) -> None:
-    options.retained_jobs = min(options.retained_jobs, 100)
+    options.retained_jobs = min(options.retained_jobs, 50)
 
 
 def steps(options: argparse.Namespace) -> int:
