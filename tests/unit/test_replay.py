@@ -355,6 +355,51 @@ async def test_a_job_is_never_parked_on_a_wait_that_is_over():
     assert desk.types.count("job.waiting") == 3
 
 
+@pytest.mark.parametrize("kind", ["signal", "signal with timeout", "approval", "approval with timeout"])
+@pytest.mark.parametrize("first", ["signal", "timer"])
+async def test_an_answer_that_came_before_it_was_asked_for_is_told_in_one_order(kind: str, first: str):
+    """A person who is quicker than the workflow must not make it go another way in a replay."""
+    timeout = 60 if "timeout" in kind else None
+
+    async def code(ctx: Context) -> Any:
+        seen: list[str] = []
+
+        async def asks() -> None:
+            await ctx.wait_for("go", timeout=60)
+            if "approval" in kind:
+                await ctx.approve("Well?", timeout=timeout, key="well")
+            else:
+                await ctx.wait_for("early", timeout=timeout)
+            seen.append("answered")
+
+        async def sleeps() -> None:
+            await ctx.sleep(5)
+            seen.append("slept")
+
+        async def works() -> None:
+            await ctx.sleep(4)
+            await ctx.step("work", give, 1)
+            seen.append("worked")
+
+        await asyncio.gather(asks(), sleeps(), works())
+        return await ctx.step("all", give, seen)
+
+    whole = desk_of(code)
+    await whole.run()
+    early = ("approval", {"decision": "approve"}) if "approval" in kind else ("early", None)
+    acts = [lambda: whole.signal("go"), lambda: whole.fire("sleep:4"), lambda: whole.fire("sleep:5")]
+    whole.signal(*early)
+    for act in acts if first == "signal" else reversed(acts):
+        act()
+    await whole.finish()
+    assert whole.status == "completed", whole.error
+    for length in range(2, len(whole.entries)):
+        desk = desk_of(code)
+        desk.load(whole.entries[:length])
+        await desk.finish(go=None, early=None, approval="approve")
+        assert desk.status == "completed", (length, whole.types[length - 1], desk.error)
+
+
 @pytest.mark.parametrize("news", ["signal", "timer"])
 async def test_news_at_any_turn_of_parking_wake_the_job(news: str):
     """Between the decision to park and the store's answer nothing may be told and yet not heard: it would

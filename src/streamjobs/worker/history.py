@@ -24,13 +24,18 @@ from streamjobs.cursor import START, Cursor
 from streamjobs.errors import Invalid
 from streamjobs.events import Event
 from streamjobs.store import Entry
-from streamjobs.worker.questions import Questions
+from streamjobs.worker.questions import TIMEOUT, Questions
 
 OpKey = tuple[str, str]
 """What names an operation of a workflow: its kind and its key."""
 
-_DONE_AGAIN = ev.StepFailed | ev.ToolFailed | ev.TurnFailed | ev.ArtifactCreated
+_DONE_AGAIN = (
+    ev.StepFailed | ev.ToolFailed | ev.TurnFailed | ev.ArtifactCreated | ev.TimerSet | ev.ApprovalRequested
+)
 """What a new attempt of the job does again."""
+
+_QUESTIONS = ("signal:", TIMEOUT)
+"""How the names of timers begin that belong to a wait for an answer: see `waits`, rule 3."""
 
 RETRY = "retry:"
 """How the names of pauses between tries begin."""
@@ -143,6 +148,8 @@ class History:
             case ev.TimerSet():
                 self._begin(("timer", event.key), seq)
                 self.timers[event.key] = event
+                if event.key.startswith(_QUESTIONS):
+                    self._occur(seq, ("asked", event.key), event)
                 if event.key.startswith(RETRY):
                     self._pauses.setdefault(step_of_pause(event.key), []).append(event.key)
             case ev.ChildSpawned():
@@ -153,6 +160,7 @@ class History:
                 self._occur(seq, artifact_op(event.name, self.artifacts[event.name]), event)
             case ev.ApprovalRequested():
                 self._begin(("approval", event.key), seq)
+                self._occur(seq, ("asked", f"request:{event.key}"), event)
                 self._questions.ask(event.key)
             case ev.JobRequeued(why="yield"):
                 self.interruption = "the worker before handed the job back"

@@ -306,16 +306,21 @@ class Replay:
 
     async def wait(self, wait: Wait, *futures: asyncio.Future[Any]) -> Any:
         """Await the first of what only the outside, or time, can bring: meanwhile the job may be parked."""
+        # what is there is returned at once, in every run: turns of the loop would let others go first
+        if not any(future.done() for future in futures):
+            await self._wait(wait, futures)
+        results = [future.result() for future in futures if future.done()]
+        return results[0] if len(results) == 1 else min(results)
+
+    async def _wait(self, wait: Wait, futures: Iterable[asyncio.Future[Any]]) -> None:
         number = self._next_wait = self._next_wait + 1
         self.waits[number] = wait
         self.nudge()
         try:
-            done, _ = await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.activity += 1
             del self.waits[number]
-        results = [future.result() for future in done]
-        return results[0] if len(results) == 1 else min(results)
 
     async def rest(self) -> None:
         """Wait for good: the job is to be handed back once nothing else runs."""

@@ -5,6 +5,8 @@ Time, signals, approvals. Each survives the worker; a long wait gives its slot u
 Rule 1: a wait that has a timeout is in the log before it waits (`timer.set`), so that a replay can tell which
 came first, the signal or the end of the time.
 Rule 2: time is the store's: its sweep fires the timers, also of jobs that run.
+Rule 3: an answer that came before it was asked for is read only when the question itself has been told: its
+place in the log is that of the later of the two.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from streamjobs import events as ev
 from streamjobs.approvals import Decision
@@ -71,20 +75,37 @@ async def _wait_for_timer(ctx: Context, key: str, seconds: float) -> None:
     await ctx.replay.wait(wait, timer)
 
 
-async def begin_timer(ctx: Context, key: str, seconds: float) -> tuple[asyncio.Future[Occurrence], Wait]:
-    """Set a timer, unless the log has it; the future becomes its firing."""
+async def begin_timer(
+    ctx: Context, key: str, seconds: float, *, asks: bool = False
+) -> tuple[asyncio.Future[Occurrence], Wait]:
+    """Set a timer, unless the log has it; the future becomes its firing. With `asks`, return in its turn."""
     op = ("timer", key)
     is_known = ctx.replay.is_known(op)
     fired = ctx.replay.begin(op)
     known = ctx.history.timers.get(key)
     if is_known and known is not None:
+        if asks:
+            await _asked_before(ctx, key)
         return fired, Wait("timer", until=known.ts + known.delay_ms, is_timer=True)
     await ctx.begin_new()
     event = ev.TimerSet(ts=ctx.clock.now_ms(), key=key, delay_ms=max(0, round(seconds * 1000)))
     ctx.journal.set_timer(key, event.delay_ms)
-    ctx.journal.emit(event)
+    committed = ctx.journal.emit_tracked(event)
     fault("after_timer_set")
+    if asks:
+        await _asked_now(ctx, key, committed, event)
     return fired, Wait("timer", until=event.ts + event.delay_ms, is_timer=True)
+
+
+async def _asked_before(ctx: Context, key: str) -> None:
+    op = ("asked", key)
+    if ctx.replay.has_outcome(op):
+        await ctx.replay.begin(op)
+
+
+async def _asked_now(ctx: Context, key: str, committed: asyncio.Future[int], event: ev.Event) -> None:
+    with ctx.replay.working():
+        await ctx.tell_in_turn(("asked", key), committed, event)
 
 
 async def wait_for(ctx: Context, name: str, key: str, timeout: float | None) -> Json:
@@ -93,7 +114,7 @@ async def wait_for(ctx: Context, name: str, key: str, timeout: float | None) -> 
     if timeout is None:
         letter: Occurrence = await ctx.replay.wait(Wait(reason), ctx.replay.read(name))
         return _payload(letter)
-    timer, wait = await begin_timer(ctx, key, timeout)
+    timer, wait = await begin_timer(ctx, key, timeout, asks=True)
     reader = ctx.replay.read(name)
     first = await ctx.replay.wait(wait._replace(reason=reason, is_timer=False), reader, timer)
     if first.op[0] == "timer":
@@ -121,33 +142,42 @@ async def approve(
     decided = ctx.history.decisions.get(key)
     if decided is not None:
         return decided
-    op = ("approval", key)
-    is_known = ctx.replay.is_known(op)
-    ctx.replay.begin(op)
-    if not is_known:
-        await ctx.begin_new()
-        ctx.journal.emit(
-            ev.ApprovalRequested(
-                ts=ctx.clock.now_ms(),
-                key=key,
-                subject=subject,
-                message=message,
-                detail=detail,
-                timeout_ms=round((timeout or 0) * 1000),
-            )
-        )
-        fault("after_approval_requested")
-    decision = ctx.replay.ask_for_decision(key)
+    await _request(
+        ctx,
+        ev.ApprovalRequested(
+            key=key,
+            subject=subject,
+            message=message,
+            detail=detail,
+            timeout_ms=round((timeout or 0) * 1000),
+        ),
+    )
     reason = f"{APPROVAL_TIMEOUT}{key}"
     if timeout is None:
-        return (await ctx.replay.wait(Wait(reason), decision)).decision
-    timer, wait = await begin_timer(ctx, reason, timeout)
+        return (await ctx.replay.wait(Wait(reason), ctx.replay.ask_for_decision(key))).decision
+    timer, wait = await begin_timer(ctx, reason, timeout, asks=True)
+    decision = ctx.replay.ask_for_decision(key)
     first = await ctx.replay.wait(wait._replace(reason=reason, is_timer=False), decision, timer)
     if first.op[0] == "timer":
         decision.cancel()
         raise WaitTimeout(f"nobody approved or denied {message!r} within {timeout:g} s")
     _clear(ctx, reason, timer)
     return first.decision
+
+
+async def _request(ctx: Context, request: ev.ApprovalRequested) -> None:
+    """Write the request, unless the log has it, and return in its turn."""
+    op, asked = ("approval", request.key), f"request:{request.key}"
+    is_known = ctx.replay.is_known(op)
+    ctx.replay.begin(op)
+    if is_known:
+        await _asked_before(ctx, asked)
+        return
+    await ctx.begin_new()
+    event = msgspec.structs.replace(request, ts=ctx.clock.now_ms())
+    committed = ctx.journal.emit_tracked(event)
+    fault("after_approval_requested")
+    await _asked_now(ctx, asked, committed, event)
 
 
 async def wait_while(ctx: Context, is_so: Callable[[], bool], reason: str, delay: float) -> None:
