@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,7 +85,7 @@ class Workflow(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.has_default and bytes(raw).strip() == b"null":
             return ()
-        value = decode_shallow(msgspec.json.Decoder(self.input_type), bytes(raw), "input")
+        value = decode_shallow(_decoder(self.input_type), bytes(raw), "input")
         return (value,) if self.takes_input else ()
 
 
@@ -94,3 +95,8 @@ def _positional_of(function: Callable[..., Any], what: str) -> Sequence[inspect.
     if not 1 <= len(parameters) <= 2 or any(parameter.kind not in positional for parameter in parameters):
         raise TypeError(f"{what}: takes a context and at most one input")
     return parameters
+
+
+@functools.lru_cache(maxsize=256)
+def _decoder(input_type: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(input_type)

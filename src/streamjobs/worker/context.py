@@ -14,7 +14,7 @@ import contextlib
 import re
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,8 +112,8 @@ class Context:
         self._news = news
         self._surroundings = surroundings
         self._thread = threading.get_ident()
-        self._names: Counter[str] = Counter()
-        self._artifacts: Counter[str] = Counter()
+        self._names: defaultdict[str, int] = defaultdict(int)
+        self._artifacts: defaultdict[str, int] = defaultdict(int)
 
     @property
     def job_id(self) -> str:

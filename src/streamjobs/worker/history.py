@@ -13,7 +13,7 @@ It is filled entry by entry, so that a long log does not hold up the event loop.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import NamedTuple
 
 import msgspec
@@ -100,9 +100,9 @@ class History:
         self.steps: dict[str, StepRecord] = {}
         self.timers: dict[str, ev.TimerSet] = {}
         self.decisions: dict[str, Decision] = {}
-        self.fired: Counter[str] = Counter()
-        self.emitted: Counter[str] = Counter()
-        self.artifacts: Counter[str] = Counter()
+        self.fired: defaultdict[str, int] = defaultdict(int)
+        self.emitted: defaultdict[str, int] = defaultdict(int)
+        self.artifacts: defaultdict[str, int] = defaultdict(int)
         self.interruption = ""
         self.was_lost = False
         self._questions = Questions()
