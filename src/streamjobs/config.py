@@ -220,6 +220,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The most that `Prefer: wait` or `?wait=` may ask for."""
     flush_interval: float = 0.04
     """New events of a job reach its viewers at most this often; after a pause at once."""
+    flush_max: float = 5.0
+    """The most that a viewer may ask for between two writes to it."""
     ring_bytes: int = 256 * 1024
     """Bytes of a watched job's newest frames that are kept in memory for its viewers."""
     heartbeat_interval: float = 15.0
@@ -361,7 +363,7 @@ def _check(settings: Settings) -> None:
 
 _POSITIVE = (
     "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
-    "retention", "flush_interval", "heartbeat_interval", "send_timeout", "position_interval",
+    "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
     "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",

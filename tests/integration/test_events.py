@@ -119,6 +119,63 @@ async def collect(stream: Stream) -> list[Frame]:
     return [frame async for frame in stream]
 
 
+# --- fewer events
+
+
+async def test_merged_deltas_are_the_same_text_and_resume_anywhere(served: Served):
+    """Who asks for fewer events must see the same answer, and go on exactly after a cut."""
+    script = await finished(served, words=300)
+    log = await script.log()
+    frames = await served.transcript(script.id, after="0", merge="1")
+    assert [frame.event for frame in frames if frame.event != "text.delta"] == [
+        kind for _, kind, _ in log if kind != "text.delta"
+    ]
+    assert text_of(rows(frames)) == text_of(log)
+    assert len(frames) < len(log) / 10
+    for frame in frames[:-1]:
+        rest = rows(await served.transcript(script.id, frame.id, merge="1"))
+        behind = next(n for n, event in enumerate(log, 1) if event[0] == frame.id)
+        assert text_of(rest) == text_of(log[behind:])
+
+
+def text_of(events: list[tuple[str, str, str]]) -> str:
+    return "".join(json.loads(data)["text"] for _, kind, data in events if kind == "text.delta")
+
+
+async def test_a_slower_pace_means_fewer_events_and_no_other_end(redis: RedisProcess):
+    """Who asks for a write every five seconds must not wait for the first nor the last, nor lose any."""
+    async with serving(redis.url, flush_interval=0.001) as served:
+        script = await served.script()
+        await script.open_turn()
+        async with (
+            served.stream(script.id, after="0", merge="1") as quick,
+            served.stream(script.id, after="0", merge="1", flush="5000") as slow,
+            asyncio.TaskGroup() as group,
+        ):
+            reading = [group.create_task(collect(stream)) for stream in (quick, slow)]
+            for n in range(60):
+                await script.say(f"{n} ")
+            await script.complete()
+        quickly, slowly = (rows(task.result()) for task in reading)
+        log = await script.log()
+    assert text_of(quickly) == text_of(slowly) == text_of(log)
+    assert slowly[-1] == log[-1]
+    assert len(slowly) < len(quickly) / 2
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"flush": "9"}, {"flush": "5001"}, {"flush": "x"}, {"flush": "-40"}, {"flush": ""}, {"merge": "yes"}],
+    ids=str,
+)
+async def test_a_manner_out_of_bounds_is_refused(served: Served, parameters: dict[str, str]):
+    """A typo would silently give another stream than was meant."""
+    script = await served.script()
+    answer = await served.client.get(served.events_url(script.id), params=parameters)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid")
+    assert next(iter(parameters)) in answer.json()["detail"]
+
+
 # --- a new viewer
 
 

@@ -26,8 +26,8 @@ def test_what_follows_every_cursor_is_the_exact_suffix():
     ring = filled(20, start=5)
     for seq in range(5, 25):
         chunk = ring.after(seq)
-        assert chunk.body == b"".join(f"{n:010}".encode() for n in range(seq + 1, 26))
-        assert (chunk.cursor, chunk.frames) == (at(25), 25 - seq)
+        assert chunk.plain.body == b"".join(f"{n:010}".encode() for n in range(seq + 1, 26))
+        assert (chunk.cursor, chunk.plain.events) == (at(25), 25 - seq)
 
 
 def test_viewers_at_the_same_place_share_the_same_bytes():
@@ -48,7 +48,7 @@ def test_a_new_event_makes_new_joins():
     before = ring.after(0)
     ring.push(at(4), b"new")
     ring.settle()
-    assert ring.after(0).body == before.body + b"new"
+    assert ring.after(0).plain.body == before.plain.body + b"new"
 
 
 @pytest.mark.parametrize("limit", [10, 95, 100, 101, 500])
@@ -58,7 +58,7 @@ def test_the_oldest_leave_and_no_more_than_needed(limit: int):
     assert ring.base.seq == 50 - ring.size // 10
     assert ring.top.seq == 50
     assert not ring.covers(ring.base.seq - 1)
-    assert ring.after(ring.base.seq).frames == ring.size // 10
+    assert ring.after(ring.base.seq).plain.events == ring.size // 10
 
 
 def test_it_keeps_the_last_event_however_large():
@@ -71,8 +71,8 @@ def test_it_goes_on_after_dropping():
     ring = filled(50, limit=100)
     ring.push(at(51), b"x" * 10)
     ring.settle()
-    assert ring.after(ring.base.seq).frames == 10
-    assert ring.after(50).body == b"x" * 10
+    assert ring.after(ring.base.seq).plain.events == 10
+    assert ring.after(50).plain.body == b"x" * 10
 
 
 def test_a_cursor_is_held_only_with_its_epoch():
@@ -91,8 +91,8 @@ def test_a_viewer_far_behind_gets_pieces():
     seq, whole, pieces = 0, b"", 0
     while seq < 30:
         chunk = ring.after(seq)
-        assert len(chunk.body) <= CHUNK_BYTES
-        whole += chunk.body
+        assert len(chunk.plain.body) <= CHUNK_BYTES
+        whole += chunk.plain.body
         seq, pieces = chunk.cursor.seq, pieces + 1
     assert whole == b"".join(f"{n:02500}".encode() for n in range(1, 31))
     assert pieces == 5

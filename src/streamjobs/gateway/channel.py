@@ -331,5 +331,4 @@ class Channel:
 
 def _framed(page: Page) -> LogPage:
     frames = [event_frame(entry) for entry in page.entries]
-    chunk = Chunk(b"".join(frames), page.entries[-1].cursor, len(frames)) if frames else None
-    return LogPage(page.found, chunk)
+    return LogPage(page.found, Chunk(frames, page.entries[-1].cursor) if frames else None)

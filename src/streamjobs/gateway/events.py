@@ -1,5 +1,8 @@
 """`GET /v1/jobs/{id}/events`: a job's log as a live stream, one page of JSON, or all of it as NDJSON.
 
+`?merge=1` makes the consecutive deltas of one write one event, whose id is the last one's; `?flush=` asks for
+more milliseconds between writes than `flush_interval`, up to `flush_max`.
+
 `Accept` chooses: `application/json` and `application/x-ndjson` name theirs, anything else streams.
 The cursor comes as `Last-Event-ID`, which wins since a browser's URL is stale on a reconnect, or `?after=`.
 
@@ -13,14 +16,14 @@ The cursor comes as `Last-Event-ID`, which wins since a browser's URL is stale o
 Rule 1: a stream is over for its client once it has seen a terminal event, or a snapshot whose status is one.
 Rule 2: never 503 or 429 on the stream: browsers give up for good. When Redis is away the stream opens,
 heartbeats, and goes on when it is back; that a job does not exist is then said in an `error` frame.
-Rule 3: the stream talks to the server itself: one `send` for all that is due, no task for an event.
-Rule 4: a stream that begins with the view of a long job is zstd where the client accepts that; see `coding`.
+Rule 3: a stream that begins with the view of a long job is zstd where the client accepts that; see `coding`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,8 +31,8 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from streamjobs import metrics
 from streamjobs.archive import line_of
+from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable
 from streamjobs.events import encode_json
@@ -37,9 +40,11 @@ from streamjobs.gateway import sse
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
 from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.coding import HEADERS, Coding, Plain, Zstd
-from streamjobs.gateway.edge import abort_of, on_lost
+from streamjobs.gateway.edge import abort_of
+from streamjobs.gateway.forms import Form, merged, plain
 from streamjobs.gateway.hub import Hub
-from streamjobs.gateway.viewer import Viewer
+from streamjobs.gateway.sending import run
+from streamjobs.gateway.viewer import Manner
 from streamjobs.store import Entry, JobRecord, Page
 
 FORMS = ("text/event-stream", "application/x-ndjson", "application/json")
@@ -48,11 +53,9 @@ FORMS = ("text/event-stream", "application/x-ndjson", "application/json")
 LOOKUP_TIMEOUT = 1.0
 """Seconds that a new stream waits for Redis to say that the job exists; then it opens without."""
 
-_BROKEN = {"gone", "slow"}
-"""How streams end to which nothing more can be sent."""
-
 _PLAIN = Plain()
 _ZSTD = re.compile(r"(?:^|[\s,])zstd\s*(?:,|$|;\s*q=(?!0(?:\.0*)?\s*(?:,|$)))", re.IGNORECASE)
+_FLUSH = re.compile(r"[0-9]{1,6}", re.ASCII)
 _LIMIT = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
 
 
@@ -64,6 +67,7 @@ class _Asked(NamedTuple):
     cursor: Cursor | None
     limit: str | None
     takes_zstd: bool
+    manner: Manner
 
 
 class Events:
@@ -75,7 +79,7 @@ class Events:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the form that `Accept` asks for."""
-        asked = _asked(scope)
+        asked = _asked(scope, self._hub.settings)
         if asked.form == "application/x-ndjson":
             await self._ndjson(asked, send)
         elif asked.form == "application/json":
@@ -100,15 +104,8 @@ class Events:
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
             return
-        viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope))
-        listener = None if on_lost(scope, viewer.lose) else asyncio.create_task(_listen(receive, viewer))
-        try:
-            await _pump(viewer, coding, send)
-        finally:
-            self._hub.close(viewer)
-            on_lost(scope, None)
-            if listener is not None:
-                listener.cancel()
+        viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
+        await run(self._hub, viewer, coding, scope, receive, send)
 
     def _coding(self, asked: _Asked, record: JobRecord | None) -> Coding:
         """zstd where the client takes it and the stream begins with a view that is worth it."""
@@ -180,8 +177,8 @@ class Events:
         return page
 
 
-def _asked(scope: Scope) -> _Asked:
-    """Read a request. Raises `InvalidCursor`."""
+def _asked(scope: Scope, settings: Settings) -> _Asked:
+    """Read a request. Raises `InvalidCursor`, `Invalid`."""
     headers, query = Headers(scope=scope), QueryParams(scope["query_string"])
     text = headers.get("last-event-id") or query.get("after")
     accept = headers.get("accept", "")
@@ -191,47 +188,29 @@ def _asked(scope: Scope) -> _Asked:
         cursor=parse_cursor(text) if text else None,
         limit=query.get("limit"),
         takes_zstd=takes_zstd(headers.get("accept-encoding", "")),
+        manner=manner_of(query, settings, plain, merged),
     )
+
+
+def manner_of(query: Mapping[str, str], settings: Settings, plain: Form, merged: Form) -> Manner:
+    """What `merge` and `flush` ask for: which of the forms, how far apart. Raises `Invalid`."""
+    merge, flush = query.get("merge", "0"), query.get("flush")
+    if merge not in {"0", "1"}:
+        raise Invalid("merge: 0 or 1")
+    return Manner(merged if merge == "1" else plain, 0.0 if flush is None else _pace(flush, settings))
+
+
+def _pace(flush: str, settings: Settings) -> float:
+    """Seconds between writes; 0 where that is how often events become visible anyway. Raises `Invalid`."""
+    least, most = round(1000 * settings.flush_interval), round(1000 * settings.flush_max)
+    if not _FLUSH.fullmatch(flush) or not least <= int(flush) <= most:
+        raise Invalid(f"flush: milliseconds, from {least} to {most}")
+    return 0.0 if int(flush) == least else int(flush) / 1000
 
 
 def takes_zstd(accepts: str) -> bool:
     """Whether an `Accept-Encoding` names zstd, and not with a weight of 0."""
     return _ZSTD.search(accepts) is not None
-
-
-async def _pump(viewer: Viewer, coding: Coding, send: Send) -> None:
-    """Send what is due until the stream is over."""
-    while not viewer.ended:
-        due = viewer.take()
-        if not due:
-            if not viewer.ended:
-                await viewer.wait()
-            continue
-        for portion in coding.portions(due):
-            if viewer.ended in _BROKEN:
-                return
-            viewer.begin_send()
-            await send({"type": "http.response.body", "body": portion, "more_body": True})
-            viewer.end_send()
-            metrics.STREAM_BYTES.inc(len(portion))
-        _count(viewer)
-    if viewer.ended not in _BROKEN:
-        await send({"type": "http.response.body", "body": coding.end()})
-
-
-def _count(viewer: Viewer) -> None:
-    if viewer.frames:
-        metrics.FRAMES_SENT.inc(viewer.frames)
-        viewer.frames = 0
-
-
-async def _listen(receive: Receive, viewer: Viewer) -> None:
-    """Notice that the client is gone on a server that does not tell us by itself."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            viewer.lose()
-            return
 
 
 def _event(entry: Entry) -> dict[str, Any]:

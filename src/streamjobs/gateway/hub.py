@@ -21,7 +21,8 @@ from streamjobs.cursor import Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.gateway.channel import Channel
 from streamjobs.gateway.snapshots import Snapshots
-from streamjobs.gateway.viewer import Viewer
+from streamjobs.gateway.stream import Stream
+from streamjobs.gateway.viewer import AS_THEY_COME, Manner, Viewer
 from streamjobs.store import JobRecord, Store, jitter
 
 log = structlog.get_logger(__name__)
@@ -44,12 +45,12 @@ class Hub:
         self.reading = asyncio.Semaphore(_READS)
         """For who reads a page of a log: the events of a page take several times the memory of its frames."""
         self._channels: dict[str, Channel] = {}
-        self._viewers: set[Viewer] = set()
+        self._streams: set[Stream] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heads: dict[str, asyncio.Task[JobRecord]] = {}
         self._checker: asyncio.Task[None] | None = None
         self._drain_until: float | None = None
-        self._viewer_left = asyncio.Event()
+        self._stream_left = asyncio.Event()
         metrics.VIEWERS.set_function(lambda: self.viewers)
         metrics.CHANNELS.set_function(lambda: self.channels)
 
@@ -63,22 +64,22 @@ class Hub:
         """End every stream at a random moment within `grace` seconds; returns when all have ended."""
         loop = asyncio.get_running_loop()
         self._drain_until = loop.time() + grace
-        for viewer in self._viewers:
-            self._end_within(viewer, grace)
+        for stream in self._streams:
+            self._end_within(stream, grace)
         for channel in tuple(self._channels.values()):
             channel.wake()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace + _LAST_SEND):
-                while self._viewers:
-                    self._viewer_left.clear()
-                    await self._viewer_left.wait()
+                while self._streams:
+                    self._stream_left.clear()
+                    await self._stream_left.wait()
 
     async def aclose(self) -> None:
         """Stop checking and free every channel."""
         if self._checker is not None:
             self._checker.cancel()
-        for viewer in tuple(self._viewers):
-            viewer.leave("drain")
+        for stream in tuple(self._streams):
+            stream.leave("drain")
         for channel in tuple(self._channels.values()):
             self.drop(channel)
         tasks = [*self._tasks, *([self._checker] if self._checker else [])]
@@ -138,24 +139,31 @@ class Hub:
         channel.close()
 
     def open(
-        self, job_id: str, cursor: Cursor | None, record: JobRecord | None, abort: Callable[[], None]
+        self,
+        job_id: str,
+        cursor: Cursor | None,
+        record: JobRecord | None,
+        abort: Callable[[], None],
+        manner: Manner = AS_THEY_COME,
     ) -> Viewer:
-        """A new stream, to be given to `close`; while draining it will end soon."""
-        viewer = Viewer(self.channel(job_id, record), cursor, self.settings, abort)
-        self._viewers.add(viewer)
+        """A new stream of one job, to be given to `attach`."""
+        return Viewer(self.channel(job_id, record), cursor, self.settings, abort, manner)
+
+    def attach(self, stream: Stream) -> None:
+        """A stream begins, and is later given to `close`; while draining it will end soon."""
+        self._streams.add(stream)
         if self._drain_until is not None:
-            self._end_within(viewer, self._drain_until - asyncio.get_running_loop().time())
-        return viewer
+            self._end_within(stream, self._drain_until - asyncio.get_running_loop().time())
 
-    def close(self, viewer: Viewer) -> None:
+    def close(self, stream: Stream) -> None:
         """A stream is over."""
-        self._viewers.discard(viewer)
-        self._viewer_left.set()
-        viewer.close()
+        self._streams.discard(stream)
+        self._stream_left.set()
+        stream.close()
 
-    def _end_within(self, viewer: Viewer, seconds: float) -> None:
+    def _end_within(self, stream: Stream, seconds: float) -> None:
         delay = random.uniform(0, max(0.0, seconds))
-        asyncio.get_running_loop().call_later(delay, viewer.leave, "drain")
+        asyncio.get_running_loop().call_later(delay, stream.leave, "drain")
 
     # --- waiting without a stream
 

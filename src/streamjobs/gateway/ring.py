@@ -8,9 +8,10 @@ Rule 2: a viewer is a cursor. What follows it is one join, shared by all who sta
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from streamjobs.cursor import START, Cursor
+from streamjobs.gateway.forms import Form, Rendered, plain
 
 CHUNK_BYTES = 16 * 1024
 """About the most that is handed to a connection at once: what each slow viewer may hold, and once more as it
@@ -20,12 +21,24 @@ _JOINS = 8
 """Joins that are kept until the next event; more than this many viewers at different places share nothing."""
 
 
-class Chunk(NamedTuple):
-    """Frames to be sent in one piece: `frames` of them, the last one being event `cursor`."""
+class Chunk:
+    """Frames to be sent in one piece, the last one being event `cursor`."""
 
-    body: bytes
-    cursor: Cursor
-    frames: int
+    __slots__ = ("_others", "cursor", "plain")
+
+    def __init__(self, frames: Sequence[bytes], cursor: Cursor) -> None:
+        self.cursor = cursor
+        self.plain = Rendered(b"".join(frames), len(frames))
+        self._others: dict[Form, Rendered] = {}
+
+    def rendered(self, form: Form) -> Rendered:
+        """These frames in a form; made when the first one asks, then shared."""
+        if form is plain:
+            return self.plain
+        rendered = self._others.get(form)
+        if rendered is None:
+            rendered = self._others[form] = form(self.plain)
+        return rendered
 
 
 class Ring:
@@ -97,4 +110,4 @@ class Ring:
     def _join(self, start: int) -> Chunk:
         begins = self._ends[start] - len(self._frames[start])
         stop = max(bisect_right(self._ends, begins + CHUNK_BYTES), start + 1)
-        return Chunk(b"".join(self._frames[start:stop]), self._cursors[stop - 1], stop - start)
+        return Chunk(self._frames[start:stop], self._cursors[stop - 1])
