@@ -8,6 +8,7 @@ Rule 3: the URL comes from a stranger: it is no option, no password, and of a sc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ from asyncio import StreamReader
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -107,9 +108,14 @@ def is_there(target: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Remove a folder, if it is there; a git whose worker is gone may be removing it as well."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder, onerror=_unless_gone)
+
+
+def _unless_gone(_function: object, _path: object, error: Any) -> None:
+    if not issubclass(error[0], FileNotFoundError):
+        raise error[1]
 
 
 async def _run(request: Clone, folder: Path, tell: Tell) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from streamjobs.events import ErrorInfo
 from streamjobs.store import Quarantined, Submission, WorkerInfo
-from tests.conftest import RedisProcess
+from tests.conftest import RedisProcess, wait_until
 from tests.integration.gateway import Served, serving
 from tests.projections.bench import carry
 
@@ -30,9 +30,18 @@ async def call(served: Served, method: str, path: str, status: int = 200, **opti
 
 
 async def failed(served: Served, code: str = "boom", **fields: Any) -> str:
+    """A job that failed at an instant of its own: lists order the same millisecond by id."""
     script = await served.script(**fields)
     await script.fail(ErrorInfo(code, "it broke"))
+    await past(served, await served.store.now_ms())
     return script.id
+
+
+async def past(served: Served, instant: int) -> None:
+    async def is_past() -> bool:
+        return await served.store.now_ms() > instant
+
+    await wait_until(is_past, what="Redis's next millisecond")
 
 
 # --- run again
