@@ -250,6 +250,7 @@ class Model:
         self.feed: list[tuple[str, int, str]] = []
         self.owner_feeds: dict[str, list[tuple[str, str, str, bytes]]] = defaultdict(list)
         self.published: list[tuple[str, bytes]] = []
+        self.hinted: set[str] = set()
         self.tickets_made = 0
         self.holds_made = 0
 
@@ -313,6 +314,7 @@ class Model:
         elif kind.startswith("job.") and kind != "job.log":
             shown = content if len(content) <= self.limits.owner_feed_bytes else b""
             self.owner_feeds[job.owner].append((job.id, entry.id, kind, shown))
+            self.hinted.add(job.owner)
 
     def say(self, job: Job, kind: str, /, **fields: Any) -> None:
         """Write an event that is the script's own."""

@@ -25,6 +25,7 @@ _LINK = re.compile(r"(tcp|udp|sctp)://", re.ASCII)
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _MAX_PARTITIONS = 9999
 _MAX_PORT = 65535
+_MAX_WATCHED = 64
 _FOREVER = 10 * 365 * 86400.0
 _OTHER_VARIABLES = frozenset({"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS"})
 """Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server."""
@@ -222,6 +223,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """New events of a job reach its viewers at most this often; after a pause at once."""
     flush_max: float = 5.0
     """The most that a viewer may ask for between two writes to it."""
+    watch_limit: int = 16
+    """Jobs that one stream of an owner's events may watch in full, at most 64."""
     ring_bytes: int = 256 * 1024
     """Bytes of a watched job's newest frames that are kept in memory for its viewers."""
     heartbeat_interval: float = 15.0
@@ -364,7 +367,8 @@ def _check(settings: Settings) -> None:
 _POSITIVE = (
     "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
     "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
-    "max_connection_age", "redis_max_connections", "partitions", "concurrency", "max_attempts", "page_events",
+    "max_connection_age", "watch_limit", "redis_max_connections", "partitions", "concurrency", "max_attempts",
+    "page_events",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
@@ -376,6 +380,8 @@ _POSITIVE = (
 def _check_choices(settings: Settings) -> None:
     if settings.partitions > _MAX_PARTITIONS:
         raise ConfigError(f"setting 'partitions': at most {_MAX_PARTITIONS}")
+    if settings.watch_limit > _MAX_WATCHED:
+        raise ConfigError(f"setting 'watch_limit': at most {_MAX_WATCHED}")
     for name in ("port", "ops_port"):
         if getattr(settings, name) > _MAX_PORT:
             raise ConfigError(f"setting {name!r}: at most {_MAX_PORT}")

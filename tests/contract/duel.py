@@ -79,8 +79,15 @@ class Duel:
 
     def check(self) -> None:
         """Compare everything that is stored and was published, and judge what is stored."""
-        heard, self.model.published = self.model.published, []
-        compare_states({"published": Found(self.ear.heard(), -1)}, {"published": Found(heard, -1)})
+        published, self.model.published = self.model.published, []
+        hinted, self.model.hinted = self.model.hinted, set()
+        heard = self.ear.heard()
+        told = [message for message in heard if message[0].startswith("owner:")]
+        compare_states(
+            {"published": Found([m for m in heard if m not in told], -1)}, {"published": Found(published, -1)}
+        )
+        hints = {(f"owner:{owner}:live", b"") for owner in hinted}
+        compare_states({"hinted": Found(sorted({*told}), -1)}, {"hinted": Found(sorted(hints), -1)})
         state = found(self.client)
         compare_states(comparable(state), expected(self.model))
         try:

@@ -47,7 +47,12 @@ class Served(NamedTuple):
         return f"{self.url}/v1/jobs/{job_id}/events"
 
     def stream(self, job_id: str, cursor: str | None = None, **parameters: str) -> Stream:
-        return Stream(self, job_id, cursor, parameters)
+        return Stream(self, self.events_url(job_id), cursor, parameters)
+
+    def everything(self, owner: str, cursor: str | None = None, **parameters: str) -> Stream:
+        """The stream of all of an owner's events."""
+        headers = {"x-streamjobs-owner": owner}
+        return Stream(self, f"{self.url}/v1/events", cursor, parameters, headers)
 
     async def transcript(self, job_id: str, cursor: str | None = None, **parameters: str) -> list[Frame]:
         """Everything a stream says until it ends."""
@@ -175,10 +180,17 @@ def frame_of(block: str) -> Frame:
 class Stream:
     """A client of the event stream that reads strictly; `beats` counts heartbeats."""
 
-    def __init__(self, served: Served, job_id: str, cursor: str | None, parameters: dict[str, str]) -> None:
+    def __init__(
+        self,
+        served: Served,
+        url: str,
+        cursor: str | None,
+        parameters: dict[str, str],
+        headers: dict[str, str] | None = None,
+    ) -> None:
         self._served = served
-        self._job_id = job_id
-        self._headers = {"accept": "text/event-stream"}
+        self._url = url
+        self._headers = {"accept": "text/event-stream"} | (headers or {})
         if cursor is not None:
             self._headers["last-event-id"] = cursor
         self._parameters = parameters
@@ -188,9 +200,7 @@ class Stream:
         self.response: httpx.Response
 
     async def __aenter__(self) -> Stream:
-        request = self._served.client.stream(
-            "GET", self._served.events_url(self._job_id), headers=self._headers, params=self._parameters
-        )
+        request = self._served.client.stream("GET", self._url, headers=self._headers, params=self._parameters)
         self.response = await self._stack.enter_async_context(request)
         self._chunks = self.response.aiter_text()
         return self

@@ -30,6 +30,7 @@ from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.look import LookRoutes
 from streamjobs.gateway.notices import NoticeRoutes
 from streamjobs.gateway.operate import OperateRoutes
+from streamjobs.gateway.owner_stream import OwnerEvents
 from streamjobs.gateway.probes import Probes
 from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
@@ -57,6 +58,7 @@ class Gateway:
             *JobRoutes(store, self.hub, registry, settings).routes(),
             *LookRoutes(store, self.hub, archived, settings).routes(),
             Route("/v1/jobs/{id}/events", Events(self.hub, archived), methods=["GET"]),
+            Route("/v1/events", OwnerEvents(self.hub), methods=["GET"]),
             *ActRoutes(store, self.hub.snapshots, archived, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
             *NoticeRoutes(store, settings).routes(),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import structlog
@@ -24,10 +24,10 @@ from streamjobs import metrics
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import StoreUnavailable, StreamjobsError
 from streamjobs.events import TERMINAL
+from streamjobs.gateway.patience import patiently
 from streamjobs.gateway.ring import CHUNK_BYTES, Chunk, Ring
 from streamjobs.gateway.snapshots import Snapshot
 from streamjobs.gateway.sse import event_frame
-from streamjobs.retry import Backoff
 from streamjobs.store import Entry, JobRecord, Page
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
 
-PATIENCE = Backoff(base=0.1, cap=2.0)
 PAGE_KEPT = 0.25
 """Seconds for which a page that was read is there for others who replay the same log."""
 _PAGES = 16
@@ -210,13 +209,13 @@ class Channel:
         self._subscribed = True
         with contextlib.suppress(StoreUnavailable):  # `on_gap` comes when the connection stands
             await self._hub.store.live.subscribe(self.job_id, self)
-        self._adopt(await self._patiently(lambda: self._hub.store.jobs.get(self.job_id)))
+        self._adopt(await patiently(lambda: self._hub.store.jobs.get(self.job_id)))
         self._merge()
 
     async def _read_rest(self) -> None:
         """Read from the tail to the log's end, then merge what pub/sub brought meanwhile."""
         while True:
-            page = await self._patiently(lambda: self._hub.store.log.page(self.job_id, self._tail))
+            page = await patiently(lambda: self._hub.store.log.page(self.job_id, self._tail))
             if not page.found:
                 await self._restart()
             self._extend(page.entries)
@@ -232,7 +231,7 @@ class Channel:
     async def _restart(self) -> None:
         """The log is another one than we have shown: begin again at its end."""
         metrics.CHANNEL_RESETS.inc()
-        record = await self._patiently(lambda: self._hub.store.jobs.get(self.job_id))
+        record = await patiently(lambda: self._hub.store.jobs.get(self.job_id))
         self.generation += 1
         self._pending.clear()
         self._pages.clear()
@@ -250,15 +249,6 @@ class Channel:
     def _fail(self, error: StreamjobsError) -> None:
         self.error = error
         self.wake()
-
-    async def _patiently(self, read: Callable[[], Awaitable[Result]]) -> Result:
-        failures = 0
-        while True:
-            try:
-                return await read()
-            except StoreUnavailable:
-                failures += 1
-                await asyncio.sleep(PATIENCE.delay(failures))
 
     # --- what viewers see
 
@@ -301,7 +291,7 @@ class Channel:
         try:
             async with self._hub.reading:
                 return _framed(
-                    await self._patiently(
+                    await patiently(
                         lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
                     )
                 )
@@ -318,7 +308,7 @@ class Channel:
 
     async def _fold(self) -> Snapshot | StreamjobsError:
         try:
-            return await self._patiently(lambda: self._hub.snapshots.latest(self.job_id))
+            return await patiently(lambda: self._hub.snapshots.latest(self.job_id))
         except StreamjobsError as error:
             return error
 

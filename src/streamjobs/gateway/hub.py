@@ -1,6 +1,6 @@
-"""The jobs that this process watches, one channel each.
+"""The jobs and the owners' feeds that this process watches, one channel each.
 
-Rule 1: the last watcher of a job leaving frees everything about it; `channels` and `viewers` tell.
+Rule 1: the last watcher of a job or feed leaving frees everything about it; `channels` and `feeds` tell.
 Rule 2: pub/sub can lose without a word, so every few seconds all positions are compared with the logs' ends.
 Rule 3: a drain ends streams one by one, at random moments of the grace, never all at once.
 """
@@ -20,6 +20,7 @@ from streamjobs.config import Settings
 from streamjobs.cursor import Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.gateway.channel import Channel
+from streamjobs.gateway.owner_feed import OwnerFeed
 from streamjobs.gateway.snapshots import Snapshots
 from streamjobs.gateway.stream import Stream
 from streamjobs.gateway.viewer import AS_THEY_COME, Manner, Viewer
@@ -45,7 +46,9 @@ class Hub:
         self.reading = asyncio.Semaphore(_READS)
         """For who reads a page of a log: the events of a page take several times the memory of its frames."""
         self._channels: dict[str, Channel] = {}
+        self._feeds: dict[str, OwnerFeed] = {}
         self._streams: set[Stream] = set()
+        self._waiting: set[_Waiting] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heads: dict[str, asyncio.Task[JobRecord]] = {}
         self._checker: asyncio.Task[None] | None = None
@@ -82,6 +85,8 @@ class Hub:
             stream.leave("drain")
         for channel in tuple(self._channels.values()):
             self.drop(channel)
+        for feed in tuple(self._feeds.values()):
+            self.drop_feed(feed)
         tasks = [*self._tasks, *([self._checker] if self._checker else [])]
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -98,7 +103,12 @@ class Hub:
     @property
     def viewers(self) -> int:
         """How many streams and waiting requests there are."""
-        return sum(len(channel.watchers) for channel in self._channels.values())
+        return len(self._streams) + len(self._waiting)
+
+    @property
+    def feeds(self) -> int:
+        """How many owners' feeds are watched."""
+        return len(self._feeds)
 
     # --- channels and viewers
 
@@ -138,6 +148,19 @@ class Hub:
             self.snapshots.forget(channel.job_id)
         channel.close()
 
+    def feed(self, owner: str) -> OwnerFeed:
+        """An owner's feed; a new one lives until its last watcher goes, so add one at once."""
+        feed = self._feeds.get(owner)
+        if feed is None:
+            feed = self._feeds[owner] = OwnerFeed(self, owner)
+        return feed
+
+    def drop_feed(self, feed: OwnerFeed) -> None:
+        """Free an owner's feed that nobody watches."""
+        if self._feeds.get(feed.owner) is feed:
+            del self._feeds[feed.owner]
+        feed.close()
+
     def open(
         self,
         job_id: str,
@@ -175,12 +198,14 @@ class Hub:
         Raises `JobNotFound`.
         """
         waiting = _Waiting(self.channel(job_id, record), after, lambda: self.is_draining)
+        self._waiting.add(waiting)
         try:
             async with asyncio.timeout(seconds):
                 return await waiting.result()
         except TimeoutError:
             return False
         finally:
+            self._waiting.discard(waiting)
             waiting.close()
 
     # --- positions
@@ -191,6 +216,15 @@ class Hub:
         followed = [channel for channel in self._channels.values() if channel.is_followed]
         for start in range(0, len(followed), _BATCH):
             await self._check(followed[start : start + _BATCH])
+        await self._check_feeds()
+
+    async def _check_feeds(self) -> None:
+        owners = list(self._feeds)
+        for start in range(0, len(owners), _BATCH):
+            ends = await self.store.owners.ends(owners[start : start + _BATCH])
+            for owner, end in ends.items():
+                if owner in self._feeds:
+                    self._feeds[owner].compare(end)
 
     async def _check(self, channels: list[Channel]) -> None:
         before = [channel.tail for channel in channels]

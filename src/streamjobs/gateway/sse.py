@@ -45,6 +45,12 @@ def event_name(kind: str) -> bytes:
     return kind.encode() if _SAFE.fullmatch(kind) else b"message"
 
 
+def frame(cursor: str, kind: str, data: bytes) -> bytes:
+    """A frame; without an `id` line where `cursor` is empty."""
+    start = b"id: %b\n" % cursor.encode() if cursor else b""
+    return b"%bevent: %b\ndata: %b\n\n" % (start, event_name(kind), _one_line(data))
+
+
 def event_frame(entry: Entry) -> bytes:
     """The frame of an event of the log; its content is forwarded as it is."""
     cursor, kind, data = entry
@@ -61,8 +67,8 @@ def snapshot_frame(cursor: Cursor, view: bytes) -> bytes:
     return b"id: %d-%d\nevent: snapshot\ndata: %b\n\n" % (cursor.seq, cursor.epoch, _one_line(view))
 
 
-def reset_frame(reason: str, cursor: Cursor) -> bytes:
-    """The frame that says that `cursor`, the client's, is not in the log."""
+def reset_frame(reason: str, cursor: object) -> bytes:
+    """The frame that says that `cursor`, the client's, is not in the log (or feed)."""
     return b"event: reset\ndata: %b\n\n" % encode_json({"reason": reason, "cursor": str(cursor)})
 
 

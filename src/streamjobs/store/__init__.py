@@ -20,6 +20,7 @@ from streamjobs.store.jobs import JobRecord, Jobs, Receipt, Submission, Tick
 from streamjobs.store.live import Listener, Live
 from streamjobs.store.log import Entry, Log, Page
 from streamjobs.store.notices import News, Notice, Notices, Posting
+from streamjobs.store.owners import FeedEvent, FeedPage, Owners, Position
 from streamjobs.store.permits import Permit, Permits
 from streamjobs.store.queues import QueueInfo, Queues
 from streamjobs.store.retention import Retention
@@ -45,6 +46,8 @@ __all__ = [
     "Deliveries",
     "Entry",
     "Feed",
+    "FeedEvent",
+    "FeedPage",
     "GroupLag",
     "Index",
     "JobFilter",
@@ -60,9 +63,11 @@ __all__ = [
     "Notice",
     "Notices",
     "Outcome",
+    "Owners",
     "Page",
     "Permit",
     "Permits",
+    "Position",
     "Posting",
     "ProjectionInfo",
     "Quarantined",
@@ -125,9 +130,10 @@ class Store:
         self.webhooks = Webhooks(client, scripts, settings)
         self.deliveries = Deliveries(client, scripts, settings)
         self.feed = Feed(client, scripts, settings)
+        self.owners = Owners(client, settings)
         self.index = Index(client, scripts, settings)
         self.stats = Stats(client, scripts, settings)
-        self.live = Live(self._subscriber)
+        self.live = Live(self._subscriber, settings.partitions)
 
     @classmethod
     async def open(cls, settings: Settings) -> Store:

@@ -233,6 +233,16 @@ def live_channel(job_id: str) -> str:
     return f"{prefix(partition_of_job(job_id))}live:{job_id}"
 
 
+def owner_feed_key(owner: str, partitions: int) -> str:
+    """The stream of an owner's feed."""
+    return f"{prefix(partition_of_owner(owner, partitions))}owner:{owner}:events"
+
+
+def owner_channel(owner: str, partitions: int) -> str:
+    """The pub/sub channel that says, with an empty message, that an owner's feed has more."""
+    return f"{prefix(partition_of_owner(owner, partitions))}owner:{owner}:live"
+
+
 def new_job_id(partition: int) -> str:
     """A random id: 128 bits, nothing to guess."""
     return _format_id(partition, secrets.token_bytes(16))

@@ -1,4 +1,4 @@
-"""New events as they are published: one connection, one subscription for each watched job.
+"""New events as they are published: one connection, one subscription for each watched job and owner.
 
 Rule 1: what comes here is a hint. A listener that sees a hole, or is told `on_gap`, reads the log.
 Rule 2: a listener is added before Redis confirms, and `subscribe` returns after: then the log is read.
@@ -40,10 +40,10 @@ _SLICE = 1000
 
 
 class Listener(Protocol):
-    """Who watches a job. Calls come from the event loop and must not block."""
+    """Who watches a job or an owner's feed. Calls come from the event loop and must not block."""
 
     def on_entries(self, entries: list[Entry]) -> None:
-        """Events were published, in order; some may have been missed before them."""
+        """Events were published, in order; some may have been missed before. Of an owner's feed: none."""
 
     def on_gap(self) -> None:
         """The connection is new: anything may have been missed."""
@@ -52,7 +52,8 @@ class Listener(Protocol):
 class _Channel:
     """A channel that somebody here wants. `is_known`: a confirmation from now on means a gap."""
 
-    def __init__(self) -> None:
+    def __init__(self, parse: Callable[[bytes], list[Entry]]) -> None:
+        self.parse = parse
         self.listeners: list[Listener] = []
         self.hear: Callable[[str], None] | None = None
         self.stands = asyncio.Event()
@@ -71,7 +72,7 @@ class _Channel:
             self.hear(payload.decode(errors="replace"))
             return
         try:
-            entries = parse_live(payload)
+            entries = self.parse(payload)
         except ValueError:
             log.warning("live.foreign_message", bytes=len(payload))
             return
@@ -88,8 +89,9 @@ class _Channel:
 class Live:
     """Subscriptions of this process over one connection. `connected` says whether it stands."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, partitions: int = 1) -> None:
         self._client: Any = client
+        self._partitions = partitions
         self._channels: dict[str, _Channel] = {}
         self._told: set[str] = set()
         """What Redis was told to send, on this connection."""
@@ -115,8 +117,22 @@ class Live:
         Raises `StoreUnavailable` when Redis does not confirm in time; the listener stays and is told
         `on_gap` once the connection stands. A cancelled call leaves no listener.
         """
-        name = keys.live_channel(job_id)
-        channel = self._want(name)
+        await self._subscribe(keys.live_channel(job_id), listener, parse_live)
+
+    async def unsubscribe(self, job_id: str, listener: Listener) -> None:
+        """Stop hearing of a job's events; those of a call that still waits for Redis too."""
+        self._remove(keys.live_channel(job_id), listener)
+
+    async def subscribe_owner(self, owner: str, listener: Listener) -> None:
+        """Hear that an owner's feed has more; otherwise as `subscribe`."""
+        await self._subscribe(keys.owner_channel(owner, self._partitions), listener, _nothing)
+
+    async def unsubscribe_owner(self, owner: str, listener: Listener) -> None:
+        """Stop hearing of an owner's feed."""
+        self._remove(keys.owner_channel(owner, self._partitions), listener)
+
+    async def _subscribe(self, name: str, listener: Listener, parse: Callable[[bytes], list[Entry]]) -> None:
+        channel = self._want(name, parse)
         channel.listeners.append(listener)
         try:
             await self._until_it_stands(channel)
@@ -124,14 +140,10 @@ class Live:
             self._remove(name, listener)
             raise
 
-    async def unsubscribe(self, job_id: str, listener: Listener) -> None:
-        """Stop hearing of a job's events; those of a call that still waits for Redis too."""
-        self._remove(keys.live_channel(job_id), listener)
-
     async def on_inbox(self, partitions: Iterable[int], hear: Callable[[str], None]) -> None:
         """Hear of jobs that something came in for, by their ids."""
         for partition in partitions:
-            self._want(f"{keys.prefix(partition)}inbox").hear = hear
+            self._want(f"{keys.prefix(partition)}inbox", _nothing).hear = hear
 
     async def aclose(self) -> None:
         """Stop reading and close the connection. Whoever waits for a confirmation gets `StoreUnavailable`."""
@@ -145,14 +157,14 @@ class Live:
 
     # --- what is wanted
 
-    def _want(self, name: str) -> _Channel:
+    def _want(self, name: str, parse: Callable[[bytes], list[Entry]]) -> _Channel:
         if self._is_closed:
             raise StoreUnavailable("this process is closing")
         if self._runner is None:
             self._runner = asyncio.create_task(self._run(), name="live")
         channel = self._channels.get(name)
         if channel is None:
-            channel = self._channels[name] = _Channel()
+            channel = self._channels[name] = _Channel(parse)
             if name in self._told and name not in self._unanswered:
                 channel.confirm()
             self._touch(name)
@@ -277,6 +289,11 @@ class Live:
         channel = self._channels.get(name)
         if channel is not None and name in self._told:
             channel.confirm()
+
+
+def _nothing(_payload: bytes) -> list[Entry]:
+    """What a message says that is only a hint."""
+    return []
 
 
 async def _send(connection: Any, *command: str) -> None:

@@ -496,5 +496,6 @@ local function settle()
     local feed = PREFIX .. 'owner:' .. owner .. ':events'
     redis.call('XADD', feed, 'MAXLEN', '~', OPT.owner_feed_cap, '*', 'e', table.concat(lines, '\n'))
     redis.call('PEXPIRE', feed, OPT.owner_feed_ttl)
+    redis.call(OPT.publish, PREFIX .. 'owner:' .. owner .. ':live', '')
   end
 end
