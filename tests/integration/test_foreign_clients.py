@@ -145,7 +145,7 @@ async def test_eventsource_watches_is_dropped_resumes_and_stops(
         drop_all(served)
         await script.say("while it was away")
         seen += await viewer.until("text.delta")
-        for each in tuple(served.gateway.hub._viewers):
+        for each in tuple(served.gateway.hub._streams):
             each.leave("age")
         seen += await viewer.until("handover")
         await script.say("and again")
@@ -161,7 +161,7 @@ async def test_eventsource_watches_is_dropped_resumes_and_stops(
 
 def drop_all(served: Served) -> None:
     """Break every stream's connection, as a network would."""
-    for viewer in tuple(served.gateway.hub._viewers):
+    for viewer in tuple(served.gateway.hub._streams):
         viewer._abort()
 
 

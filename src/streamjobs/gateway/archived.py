@@ -22,16 +22,13 @@ from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import ArchiveUnavailable, CursorNotFound, Invalid, JobNotFound
 from streamjobs.gateway import sse
-from streamjobs.gateway.coding import Plain
+from streamjobs.gateway.coding import PLAIN
 from streamjobs.gateway.snapshots import Snapshot, snapshot_of
 from streamjobs.job import Caps, Fold
 from streamjobs.store import Page
 
 HEADERS = {"X-Streamjobs-Archived": "true"}
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-
-
-_PLAIN = Plain()
 
 
 class Archived:
@@ -149,7 +146,7 @@ class Archived:
 
     async def _send(self, send: Send, body: bytes) -> None:
         """A client that takes nothing is let go: its file stays open as long as it is read."""
-        for portion in _PLAIN.portions([body]):
+        for portion in PLAIN.portions([body]):
             async with asyncio.timeout(self._settings.send_timeout):
                 await send({"type": "http.response.body", "body": portion, "more_body": True})
         metrics.STREAM_BYTES.inc(len(body))

@@ -74,11 +74,16 @@ class Plain:
 
     def portions(self, pieces: Sequence[Piece]) -> Iterator[Bytes]:
         """The pieces as they are given to the connection, one after another."""
+        if len(pieces) == 1 and isinstance(pieces[0], bytes) and len(pieces[0]) <= CHUNK_BYTES:
+            return iter(pieces)  # pyright: ignore[reportReturnType] - nearly always, and it is bytes
         return _portions(piece.plain if isinstance(piece, Shared) else piece for piece in pieces)
 
     def end(self) -> bytes:
         """What ends the stream: nothing."""
         return b""
+
+
+PLAIN: Coding = Plain()
 
 
 class Zstd:

@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamjobs import metrics
 from streamjobs.gateway.problems import answer_to
+from streamjobs.gateway.stream import Wire
 
 log = structlog.get_logger(__name__)
 
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 CONNECTION = "streamjobs.connection"
-"""Our server's ASGI extension: `abort()` breaks the connection at once, `on_lost(hear)` tells of its end."""
+"""Our server's ASGI extension: `abort()` breaks the connection at once, `on_lost(hear)` tells of its end,
+`wire` takes chunks of the answer."""
 
 
 class Edge:
@@ -87,6 +89,12 @@ def on_lost(scope: Scope, hear: Callable[[], None] | None) -> bool:
         return False
     tell(hear)
     return True
+
+
+def wire_of(scope: Scope) -> Wire | None:
+    """Where the chunks of an answer that has begun can be written directly, if that is our own server."""
+    wire: Wire | None = _connection_of(scope).get("wire")
+    return wire
 
 
 def _connection_of(scope: Scope) -> dict[str, Any]:

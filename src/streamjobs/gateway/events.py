@@ -39,7 +39,7 @@ from streamjobs.events import encode_json
 from streamjobs.gateway import sse
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
 from streamjobs.gateway.archived import Archived
-from streamjobs.gateway.coding import HEADERS, Coding, Plain, Zstd
+from streamjobs.gateway.coding import HEADERS, PLAIN, Coding, Zstd
 from streamjobs.gateway.edge import abort_of
 from streamjobs.gateway.forms import Form, merged, plain
 from streamjobs.gateway.hub import Hub
@@ -53,7 +53,6 @@ FORMS = ("text/event-stream", "application/x-ndjson", "application/json")
 LOOKUP_TIMEOUT = 1.0
 """Seconds that a new stream waits for Redis to say that the job exists; then it opens without."""
 
-_PLAIN = Plain()
 _ZSTD = re.compile(r"(?:^|[\s,])zstd\s*(?:,|$|;\s*q=(?!0(?:\.0*)?\s*(?:,|$)))", re.IGNORECASE)
 _FLUSH = re.compile(r"[0-9]{1,6}", re.ASCII)
 _LIMIT = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
@@ -110,10 +109,10 @@ class Events:
     def _coding(self, asked: _Asked, record: JobRecord | None) -> Coding:
         """zstd where the client takes it and the stream begins with a view that is worth it."""
         if asked.cursor is not None or not asked.takes_zstd:
-            return _PLAIN
+            return PLAIN
         channel = self._hub.find(asked.job_id)
         events = record.last.seq if record is not None else channel.tail.seq if channel is not None else 0
-        return Zstd() if events > self._hub.settings.snapshot_min_events else _PLAIN
+        return Zstd() if events > self._hub.settings.snapshot_min_events else PLAIN
 
     async def _look_up(self, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
         """The job's head, where it takes asking, and its terminal event if it has ended.

@@ -25,7 +25,7 @@ from streamjobs.cursor import Cursor
 from streamjobs.errors import Invalid, JobNotFound, StreamjobsError
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
-from streamjobs.gateway.coding import Piece, Plain
+from streamjobs.gateway.coding import PLAIN, Piece
 from streamjobs.gateway.edge import abort_of
 from streamjobs.gateway.events import manner_of
 from streamjobs.gateway.follower import Beginning, Due, Follower
@@ -40,8 +40,6 @@ from streamjobs.gateway.sending import run
 from streamjobs.gateway.stream import EventStream
 from streamjobs.gateway.viewer import Manner
 from streamjobs.store import FeedEvent, FeedPage, JobRecord, Position
-
-_PLAIN = Plain()
 
 
 class Asked(NamedTuple):
@@ -67,7 +65,7 @@ class OwnerEvents:
             await send({"type": "http.response.body"})
             return
         stream = OwnerStream(self._hub, asked, abort_of(scope))
-        await run(self._hub, stream, _PLAIN, scope, receive, send)
+        await run(self._hub, stream, PLAIN, scope, receive, send)
 
     def _asked(self, request: Request) -> Asked:
         query, settings = QueryParams(request.scope["query_string"]), self._hub.settings

@@ -1,6 +1,7 @@
-"""A stream's bytes on their way to its connection: one `send` for all that is due, no task for an event.
+"""A stream's bytes on their way to its connection, past everything that is made for requests and answers.
 
-The stream talks to the server itself: what comes back from `send` says that the connection took the bytes.
+On our own server bytes go straight to the socket's transport as chunks of the answer; on any other one they
+go through ASGI's `send`, and the stream's task is woken for each.
 """
 
 from __future__ import annotations
@@ -9,14 +10,10 @@ import asyncio
 
 from starlette.types import Receive, Scope, Send
 
-from streamjobs import metrics
-from streamjobs.gateway.coding import Coding
-from streamjobs.gateway.edge import on_lost
+from streamjobs.gateway.coding import Bytes, Coding
+from streamjobs.gateway.edge import on_lost, wire_of
 from streamjobs.gateway.hub import Hub
-from streamjobs.gateway.stream import EventStream
-
-BROKEN = frozenset({"gone", "slow"})
-"""How streams end to which nothing more can be sent."""
+from streamjobs.gateway.stream import BROKEN, EventStream
 
 
 async def run(
@@ -26,7 +23,9 @@ async def run(
     hub.attach(stream)
     listener = None if on_lost(scope, stream.lose) else asyncio.create_task(_listen(receive, stream))
     try:
-        await _pump(stream, coding, send)
+        await stream.run(wire_of(scope) or _Sent(send), coding)
+        if stream.ended not in BROKEN:
+            await send({"type": "http.response.body", "body": coding.end()})
     finally:
         hub.close(stream)
         on_lost(scope, None)
@@ -34,23 +33,21 @@ async def run(
             listener.cancel()
 
 
-async def _pump(stream: EventStream, coding: Coding, send: Send) -> None:
-    while not stream.ended:
-        due = stream.take()
-        if not due:
-            if not stream.ended:
-                await stream.wait()
-            continue
-        for portion in coding.portions(due):
-            if stream.ended in BROKEN:
-                return
-            stream.begin_send()
-            await send({"type": "http.response.body", "body": portion, "more_body": True})
-            stream.end_send()
-            metrics.STREAM_BYTES.inc(len(portion))
-        stream.count()
-    if stream.ended not in BROKEN:
-        await send({"type": "http.response.body", "body": coding.end()})
+class _Sent:
+    """A wire on a server that knows only `send`."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._portion: Bytes = b""
+
+    def write(self, portion: Bytes) -> bool:
+        """See `Wire`."""
+        self._portion = portion
+        return False
+
+    async def drain(self) -> None:
+        """See `Wire`."""
+        await self._send({"type": "http.response.body", "body": bytes(self._portion), "more_body": True})
 
 
 async def _listen(receive: Receive, stream: EventStream) -> None:

@@ -79,12 +79,22 @@ class Protocol(HttpToolsProtocol):
         """Give the app its hold on this connection."""
         super().on_message_begin()
         scope = cast("dict[str, Any]", self.scope)
-        scope["extensions"] = {CONNECTION: {"abort": self.transport.abort, "on_lost": self._on_lost}}
+        hold = {"abort": self.transport.abort, "on_lost": self._on_lost, "wire": self}
+        scope["extensions"] = {CONNECTION: hold}
 
     def on_headers_complete(self) -> None:
         """The head is here."""
         self._head_timer.cancel()
         super().on_headers_complete()
+
+    def write(self, portion: bytes | memoryview) -> bool:
+        """Write a chunk of an answer whose head is out; see `Wire`."""
+        self.transport.writelines((b"%x\r\n" % len(portion), portion, b"\r\n"))
+        return not self.flow.write_paused
+
+    async def drain(self) -> None:
+        """Wait until the socket has taken everything; see `Wire`."""
+        await self.flow.drain()
 
     def _on_lost(self, hear: Callable[[], None] | None) -> None:
         self._hear_lost = hear

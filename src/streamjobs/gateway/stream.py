@@ -12,11 +12,12 @@ import asyncio
 import random
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from streamjobs import metrics
 from streamjobs.config import Settings
-from streamjobs.gateway.coding import Piece
+from streamjobs.gateway.coding import PLAIN, Bytes, Coding, Piece
 
 
 class Stream:
@@ -139,11 +140,82 @@ class Stream:
         return min(due - now, self._period) if due > now else self._period
 
 
-class EventStream(Stream):
-    """A stream of server-sent events."""
+BROKEN = frozenset({"gone", "slow"})
+"""How streams end to which nothing more can be sent."""
 
-    __slots__ = ()
+
+class Wire(Protocol):
+    """Where a stream's bytes go."""
+
+    def write(self, portion: Bytes) -> bool:
+        """Hand bytes to the connection; False: it has not taken all of them yet. Must not block."""
+        ...
+
+    async def drain(self) -> None:
+        """Wait until the connection has taken what it was handed."""
+
+
+class EventStream(Stream):
+    """A stream of server-sent events, which writes from where it is woken: no task runs for an event.
+
+    The stream's task is needed only when the connection does not take what it is handed, and at the end.
+    """
+
+    __slots__ = ("_coding", "_is_blocked", "_portions", "_wire")
+
+    def __init__(self, settings: Settings, abort: Callable[[], None], pace: float = 0.0) -> None:
+        super().__init__(settings, abort, pace)
+        self._coding: Coding = PLAIN
+        self._wire: Wire | None = None
+        self._portions: Iterator[Bytes] | None = None
+        self._is_blocked = False
 
     @abstractmethod
     def take(self) -> tuple[Piece, ...]:
         """What is due now, in pieces; none where nothing is. `ended` is set once nothing comes after them."""
+
+    async def run(self, wire: Wire, coding: Coding) -> None:
+        """Write what is due until the stream is over; what ends the coding is left to the caller."""
+        self._wire, self._coding = wire, coding
+        while True:
+            self._flow(wire)
+            if self.ended in BROKEN:
+                return
+            if self._is_blocked:
+                await wire.drain()
+                self._is_blocked = False
+                self.end_send()
+            elif self.ended:
+                return
+            else:
+                await self.wait()
+
+    def nudge(self) -> None:
+        """Write what is due at once."""
+        if self._wire is None or self._waiter is None or self._waiter.done():
+            return  # its task is not asleep, and will look by itself
+        try:
+            self._flow(self._wire)
+        except Exception as error:  # noqa: BLE001 - whoever woke it is none of this stream's business
+            self._waiter.set_exception(error)
+        else:
+            if self._is_blocked or self.ended:
+                self._waiter.set_result(None)
+
+    def _flow(self, wire: Wire) -> None:
+        """Write until nothing is due, the stream is over or the connection is full."""
+        while self.ended not in BROKEN and not self._is_blocked:
+            if self._portions is None:
+                due = () if self.ended else self.take()
+                if not due:
+                    return
+                self._portions = self._coding.portions(due)
+            for portion in self._portions:
+                metrics.STREAM_BYTES.inc(len(portion))
+                if not wire.write(portion):
+                    self.begin_send()
+                    self._is_blocked = True
+                    return
+            self._portions = None
+            self.end_send()
+            self.count()
