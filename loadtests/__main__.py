@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests import cancel, fanout, jobs, join, redis_server, retained, steps, tokens
+from loadtests import cancel, fanout, idle, jobs, join, many, reconnect, redis_server, retained, steps, tokens
 from loadtests.bench import Bench, Scenario
 from loadtests.measure import describe_machine
 from loadtests.plots import draw
@@ -27,6 +27,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     join.SCENARIO,
     retained.SCENARIO,
     fanout.SCENARIO,
+    many.SCENARIO,
+    idle.SCENARIO,
+    reconnect.SCENARIO,
 )
 RESULTS = Path(__file__).parent / "results"
 

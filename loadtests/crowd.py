@@ -1,9 +1,9 @@
 """Viewers of live streams that cost as little as they can: sockets that count tokens.
 
-As a child: `python -m loadtests.crowd <plan as JSON>` (see `Plan`) connects all viewers, prints `ready`, reads
-until every viewer has all its tokens, and prints a `Seen` as JSON. A token is `TOKEN<n> ` in an event, n from 0
-on. All viewers count tokens; one in `SAMPLE` also looks at each event: that its tokens follow each other, and how
-long ago it was written (`"ts":<ms>` in the event, by this machine's clock).
+As a child: `python -m loadtests.crowd <plan as JSON>` (see `Plan`) connects all viewers, prints `ready`,
+reads until every viewer has all its tokens, and prints a `Seen` as JSON. A token is `TOKEN<n> ` in an event,
+n from 0 on. All viewers count tokens; one in `SAMPLE` also looks at each event: that its tokens follow each
+other, and how long ago it was written (`"ts":<ms>` in the event, by this machine's clock).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ READY = "ready"
 MARK = TOKEN.encode()
 NUMBERS = re.compile(rb"~(\d+) ")
 INSTANTS = re.compile(rb'"ts":(\d{13})')
+IN_TEXT = re.compile(rb"~\d+ (\d{13}) ")
 
 
 class Plan(msgspec.Struct):
@@ -43,6 +44,8 @@ class Plan(msgspec.Struct):
     tokens: int
     timeout: float
     headers: dict[str, str] = {}
+    is_timed_in_text: bool = False
+    """Whether the instant stands behind each token's number, not in the event."""
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Watchful(Viewer):
             self.crowd.holes += int(number) != self.next
             self.next = int(number) + 1
         if MARK in whole:
-            self.crowd.delays += [now - int(instant) for instant in INSTANTS.findall(whole)]
+            self.crowd.delays += [now - int(instant) for instant in self.crowd.instants.findall(whole)]
         super().data_received(data)
 
 
@@ -118,6 +121,7 @@ class Crowd:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.instants = IN_TEXT if plan.is_timed_in_text else INSTANTS
         self.holes = self.tokens = self.opened = 0
         self.delays: list[float] = []
         self.first = self.last = 0.0

@@ -6,7 +6,6 @@ Each system is started for one measurement, says where viewers come in, and how 
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import urllib.request
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from loadtests.peers import nchan, node, xread_stream
-from loadtests.processes import ROOT, Child, RunError, python, run_to_end, running
+from loadtests.processes import ROOT, Child, python, run_to_end, running
 from loadtests.redis_server import Server, free_port, wait_for_port
 from loadtests.streamjobs_peer import settings_env
 
@@ -168,15 +167,3 @@ SYSTEMS: tuple[FanoutSystem, ...] = (
     ResumableStream(),
     XreadEach(),
 )
-
-
-def require(system: FanoutSystem) -> None:
-    """Raise `RunError` where a system cannot run."""
-    reason = system.missing()
-    if reason is not None:
-        raise RunError(reason)
-
-
-def printed(value: object) -> str:
-    """JSON as an argument of a child."""
-    return json.dumps(value)

@@ -1,9 +1,11 @@
 """One text at a steady rate, written as each system is written to.
 
-As a child: `python -m loadtests.speaker <way> <where> <tokens> <rate>`: `log <job>:<epoch>` appends to a job as
-a worker's recorder does (what has gathered every 20 ms as one event), `events <job>:<epoch>` an event for each
-token (a batch every 20 ms), `stream <key>` XADDs each token, `post
-<url>` sends each token by HTTP. Prints how many seconds late the last token was.
+As a child: `python -m loadtests.speaker <way> <where> <tokens> <rate>`, the ways being
+    log <job>:<epoch>      appends to a job as a worker's recorder does: what 20 ms have brought is one event
+    events <job>:<epoch>   as well, with an event for each token, a batch every 20 ms
+    stream <key>           XADDs each token
+    post <url>             sends each token by HTTP
+Prints how many seconds late the last token was.
 """
 
 from __future__ import annotations

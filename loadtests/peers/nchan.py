@@ -1,4 +1,4 @@
-"""nchan: nginx with its pub/sub module, from the system's packages. One nginx process serves and is published to."""
+"""nchan: nginx with its pub/sub module, from the system's packages; one process serves it all."""
 
 from __future__ import annotations
 

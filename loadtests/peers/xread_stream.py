@@ -1,7 +1,7 @@
 """A stream as it is often served: sse-starlette, and for each viewer an XREAD that blocks.
 
-As a child: `python -m loadtests.peers.xread_stream <port>`, LOADTEST_REDIS_URL says which Redis. `GET /<stream>`
-is the route; viewers get what is added after they came.
+As a child: `python -m loadtests.peers.xread_stream <port>`, LOADTEST_REDIS_URL says which Redis.
+`GET /<stream>` is the route; viewers get what is added after they came.
 """
 
 from __future__ import annotations
