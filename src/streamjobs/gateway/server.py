@@ -1,7 +1,8 @@
 """The socket and the server under the gateway: uvicorn, with what it does not have.
 
 Rule 1: the listening socket is ours; accepted ones inherit a small send buffer, since a viewer that does
-not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones.
+not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones. A link
+that dies while a stream is idle shows only at the next heartbeat: both together are 30 seconds by default.
 Rule 2: signals are ours too: uvicorn's own shutdown would wait for streams for ever.
 Rule 3: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
 """
@@ -26,7 +27,8 @@ SHUTDOWN_TIMEOUT = 5
 """Seconds that uvicorn waits for what still runs after the drain."""
 HEAD_TIMEOUT = 15.0
 """Seconds from connecting to a whole request head."""
-USER_TIMEOUT_MS = 30_000
+USER_TIMEOUT_MS = 15_000
+"""For how long what was sent may be unacknowledged, or the other end's window closed."""
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
 
 
