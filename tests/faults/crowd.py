@@ -13,6 +13,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from streamjobs.errors import StoreUnavailable
 from streamjobs.events import TERMINAL
 from tests.integration.gateway import Frame, Script, frame_of
 
@@ -56,8 +57,8 @@ class Unchunked:
 class Viewer:
     """Watches one job to its end. `comes_back`: the range of seconds between two connections.
 
-    `rows` is its transcript; `snapshots` and `resets` count what is in no log; `endings` how connections
-    ended; `statuses` what the server answered.
+    `rows` is its transcript; `others` are frames of no log; `beats` counts heartbeats, `endings`
+    how connections ended, `statuses` what the server answered.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Viewer:
         self.statuses: Counter[int] = Counter()
         self.endings: Counter[str] = Counter()
         self.others: list[Frame] = []
+        self.beats = 0
         self.is_over = False
-        self.ended_at = 0.0
         self._comes_back = comes_back
 
     async def run(self) -> None:
@@ -103,14 +104,15 @@ class Viewer:
     async def _read(self, reader: asyncio.StreamReader) -> str:
         answer, text, name = Unchunked(), b"", "cut"
         while not answer.is_whole and (data := await reader.read(1 << 16)):
-            *blocks, text = (text + answer.feed(data)).split(b"\n\n")
+            content = answer.feed(data)
+            self.beats += content.split(b"\n").count(b":")
+            *blocks, text = (text + content).split(b"\n\n")
             for block in blocks:
                 name = self.take(frame_of(block.decode()))
             if answer.status not in (0, 200):
                 break
         self.statuses[answer.status] += 1
         self.is_over = self.is_over or answer.status not in (0, 200)
-        self.ended_at = asyncio.get_running_loop().time()
         return name if answer.is_whole else "cut"
 
     def take(self, frame: Frame) -> str:
@@ -148,7 +150,7 @@ async def watching(viewers: Sequence[Viewer]) -> AsyncIterator[asyncio.Future[li
 async def speaking(
     scripts: Sequence[Script], words: Callable[[], Sequence[str]] = lambda: ("word ",), pause: float = 0.02
 ) -> AsyncIterator[None]:
-    """Have jobs talk for as long as the block runs; what was begun is written when it ends."""
+    """Have jobs talk for as long as the block runs, through outages too; what was begun is written then."""
     is_over = asyncio.Event()
 
     async def speak() -> None:
@@ -156,7 +158,7 @@ async def speaking(
             await script.open_turn()
         while not is_over.is_set():
             for script in scripts:
-                await script.say(*words())
+                await say_patiently(script, words())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(is_over.wait(), pause)
 
@@ -166,6 +168,15 @@ async def speaking(
     finally:
         is_over.set()
         await task
+
+
+async def say_patiently(script: Script, texts: Sequence[str]) -> None:
+    """Say something as a worker does: again and again, until it is known to be written."""
+    while True:
+        try:
+            return await script.say(*texts)
+        except StoreUnavailable:
+            await asyncio.sleep(0.05)
 
 
 async def stalled(job_id: str, port: int, count: int, cursor: str = "0") -> list[socket.socket]:

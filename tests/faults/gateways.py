@@ -92,7 +92,7 @@ class GatewayProcess:
 @contextlib.asynccontextmanager
 async def gateway_process(redis_url: str, **changes: Any) -> AsyncIterator[GatewayProcess]:
     """A gateway that answers; it is gone, whatever happened to it, when the block ends."""
-    values = {"lease": 60.0, "flush_interval": 0.02, "port": free_port(), "ops_port": free_port()}
+    values = {"lease": 600.0, "flush_interval": 0.02, "port": free_port(), "ops_port": free_port()}
     gateway = GatewayProcess(fast_settings(redis_url, **(values | changes)))
     try:
         await gateway.ready()
