@@ -203,7 +203,7 @@ async def test_a_link_to_redis_that_swallows_everything_is_given_up(
 @asynccontextmanager
 async def direct(redis: RedisProcess) -> AsyncIterator[Store]:
     """A store that does not go through the proxy."""
-    store = await Store.open(fast_settings(redis.url, lease=600.0))
+    store = await Store.open(fast_settings(redis.url, lease=60.0))
     try:
         yield store
     finally:
