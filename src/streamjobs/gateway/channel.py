@@ -28,7 +28,7 @@ from streamjobs.gateway.patience import patiently
 from streamjobs.gateway.ring import CHUNK_BYTES, Chunk, Ring
 from streamjobs.gateway.snapshots import Snapshot
 from streamjobs.gateway.sse import event_frame
-from streamjobs.store import Entry, JobRecord, Page
+from streamjobs.store import Entry, JobRecord
 
 if TYPE_CHECKING:
     from streamjobs.gateway.hub import Hub
@@ -287,18 +287,26 @@ class Channel:
         return task
 
     async def _page(self, cursor: Cursor) -> LogPage | StreamjobsError:
-        pages = self._pages
+        pages, generation = self._pages, self.generation
         try:
             async with self._hub.reading:
-                return _framed(
-                    await patiently(
-                        lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
-                    )
+                page = await patiently(
+                    lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
                 )
+                frames = [event_frame(entry) for entry in page.entries]
+                if generation == self.generation:
+                    self._keep(cursor, [entry.cursor for entry in page.entries], frames)
+                return LogPage(page.found, Chunk(frames, page.entries[-1].cursor) if frames else None)
         except StreamjobsError as error:
             return error
         finally:
             self._loop.call_later(PAGE_KEPT, pages.pop, cursor, None)
+
+    def _keep(self, after: Cursor, cursors: list[Cursor], frames: list[bytes]) -> None:
+        """Have the ring hold what was read right before it: the next viewer from there needs no read."""
+        count = self.ring.base.seq - after.seq
+        if 0 < count <= len(cursors) and cursors[count - 1] == self.ring.base:
+            self.ring.precede(after, cursors[:count], frames[:count])
 
     def snapshot(self) -> asyncio.Task[Snapshot | StreamjobsError]:
         """The view as it stands, as a task that never raises."""
@@ -317,8 +325,3 @@ class Channel:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _framed(page: Page) -> LogPage:
-    frames = [event_frame(entry) for entry in page.entries]
-    return LogPage(page.found, Chunk(frames, page.entries[-1].cursor) if frames else None)

@@ -1,7 +1,8 @@
 """The socket and the server under the gateway: uvicorn, with what it does not have.
 
 Rule 1: the listening socket is ours; accepted ones inherit a small send buffer, since a viewer that does
-not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones.
+not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones. A link
+that dies while a stream is idle shows only at the next heartbeat: both together are 30 seconds by default.
 Rule 2: signals are ours too: uvicorn's own shutdown would wait for streams for ever.
 Rule 3: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
 """
@@ -26,7 +27,10 @@ SHUTDOWN_TIMEOUT = 5
 """Seconds that uvicorn waits for what still runs after the drain."""
 HEAD_TIMEOUT = 15.0
 """Seconds from connecting to a whole request head."""
-USER_TIMEOUT_MS = 30_000
+MAX_HEAD = 64 * 1024
+"""Bytes that a request's head may hold, about: uvicorn gathers whatever comes."""
+USER_TIMEOUT_MS = 15_000
+"""For how long what was sent may be unacknowledged, or the other end's window closed."""
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
 
 
@@ -59,7 +63,7 @@ class Protocol(HttpToolsProtocol):
     gather, 64 KB and a piece.
     """
 
-    __slots__ = ("_head_timer", "_hear_lost")
+    __slots__ = ("_head_size", "_head_timer", "_hear_lost")
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock for the first request's head."""
@@ -67,17 +71,28 @@ class Protocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=0)
         self._hear_lost: Callable[[], None] | None = None
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._give_up)
+        self._head_size: int | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock, tell the stream."""
         self._head_timer.cancel()
+        self._unset_keepalive_if_required()  # uvicorn forgets it where the connection was reset
         super().connection_lost(exc)
         if self._hear_lost is not None:
             self._hear_lost()
 
+    def data_received(self, data: bytes) -> None:
+        """Refuse a head that does not end."""
+        super().data_received(data)
+        if self._head_size is not None:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
+
     def on_message_begin(self) -> None:
         """Give the app its hold on this connection."""
         super().on_message_begin()
+        self._head_size = 0
         scope = cast("dict[str, Any]", self.scope)
         hold = {"abort": self.transport.abort, "on_lost": self._on_lost, "wire": self}
         scope["extensions"] = {CONNECTION: hold}
@@ -85,6 +100,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is here."""
         self._head_timer.cancel()
+        self._head_size = None
         super().on_headers_complete()
 
     def write(self, portion: bytes | memoryview) -> bool:
@@ -99,6 +115,7 @@ class Protocol(HttpToolsProtocol):
     def _on_lost(self, hear: Callable[[], None] | None) -> None:
         self._hear_lost = hear
         if hear is not None and self.transport.is_closing():
+            self.cycle.disconnected = True  # uvicorn is about to notice, and would log an error until then
             hear()
 
     def _give_up(self) -> None:
