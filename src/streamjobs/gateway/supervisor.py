@@ -119,6 +119,11 @@ class Slot:
         """Whether there is a process that serves."""
         return self.process is not None and self.process.is_serving
 
+    @property
+    def listens(self) -> bool:
+        """Whether the kernel gives it connections; what comes between two processes waits."""
+        return bool(self._sockets)
+
     async def run(self) -> int:
         """Run processes until told to stop, or until one cannot start while no other serves; a status."""
         status: int | None = None
