@@ -283,16 +283,20 @@ async def test_a_port_is_held_against_all_others(spreads: bool, monkeypatch: pyt
     """Two gateways of different settings would each get half of the requests."""
     monkeypatch.setattr(ports, "SPREADS", spreads and ports.SPREADS)
     with contextlib.closing(Port("127.0.0.1", 0, 65536)) as port:
-        for sockets in ([], [port.open(), port.open()]):
-            with pytest.raises(OSError, match="in use"):
-                Port("127.0.0.1", port.number, 65536)
-            with socket.socket() as other, pytest.raises(OSError, match="in use"):
-                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                other.bind(("127.0.0.1", port.number))
-                other.listen()
-            for opened in sockets:
-                opened.close()
+        assert_taken(port.number)
+        with port.open(), port.open():
+            assert_taken(port.number)
+        assert_taken(port.number)
     Port("127.0.0.1", port.number, 65536).close()
+
+
+def assert_taken(number: int) -> None:
+    with pytest.raises(OSError, match="in use"):
+        Port("127.0.0.1", number, 65536)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", number))
+        other.listen()
 
 
 @pytest.mark.parametrize("spreads", [True, False])
