@@ -1,4 +1,4 @@
-"""Metrics of processes that share a port: who looks must not see which of them answered, nor that one died."""
+"""Metrics of processes that share a port: nobody must see which one answered, nor that one died."""
 
 from __future__ import annotations
 
