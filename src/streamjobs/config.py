@@ -27,8 +27,11 @@ _MAX_PARTITIONS = 9999
 _MAX_PORT = 65535
 _MAX_WATCHED = 64
 _FOREVER = 10 * 365 * 86400.0
-_OTHER_VARIABLES = frozenset({"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS"})
-"""Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server."""
+_OTHER_VARIABLES = frozenset(
+    {"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS", "STREAMJOBS_SERVE_SLOT"}
+)
+"""Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server, and
+which of the processes of one port this is."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,6 +218,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Its port."""
     ops_port: int = 0
     """Probes and metrics on a port of their own; 0: on the API's port."""
+    serve_workers: int = 1
+    """Gateway processes that share the ports (`streamjobs serve` only; also `--workers`)."""
+    serve_hang_timeout: float = 30.0
+    """One of several gateway processes whose event loop stands still this long is replaced; 0: never."""
+    serve_restart_cap: float = 5.0
+    """The longest pause before a gateway process is replaced that ended soon; a first time there is none."""
     max_body: int = 1024 * 1024
     """The largest request body, in bytes."""
     max_wait: float = 60.0
@@ -372,7 +381,7 @@ _POSITIVE = (
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
-    "provider_attempts",
+    "serve_workers", "serve_restart_cap",
     "projector_concurrency", "archive_timeout",
 )  # fmt: skip
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 
 import structlog
 import uvloop
@@ -34,6 +33,7 @@ from streamjobs.gateway.owner_stream import OwnerEvents
 from streamjobs.gateway.probes import Probes
 from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
+from streamjobs.gateway.stop import Stop
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
 
@@ -110,35 +110,6 @@ class _Refusal:
         raise HTTPException(405, headers={"Allow": self._allow})
 
 
-class Stop:
-    """The signals that end a role: the first one asks for an orderly end, a second one for a quick one."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.hurried = asyncio.Event()
-        self.is_interactive = False
-
-    def __call__(self, number: int) -> None:
-        """Take a signal."""
-        self.is_interactive = self.is_interactive or number == signal.SIGINT
-        if self.asked.is_set():
-            self.hurried.set()
-        self.asked.set()
-
-    @contextlib.contextmanager
-    def on_signals(self) -> Generator[None, None, None]:
-        """Hear SIGTERM and SIGINT; only the main thread can."""
-        loop = asyncio.get_running_loop()
-        heard = (signal.SIGTERM, signal.SIGINT)
-        for number in heard:
-            loop.add_signal_handler(number, self, number)
-        try:
-            yield
-        finally:
-            for number in heard:
-                loop.remove_signal_handler(number)
-
-
 async def serve(
     settings: Settings,
     registry: Registry,
@@ -146,16 +117,19 @@ async def serve(
     store: Store | None = None,
     stop: Stop | None = None,
     on_ready: Callable[[str], None] | None = None,
+    listeners: Sequence[socket.socket] = (),
 ) -> None:
     """Serve until told to stop, then drain.
 
     Without a `store` one is opened and closed here. Without a `stop` signals are heard here (main thread
-    only). `on_ready` is called with the URL once requests are taken. Port 0 takes any free one.
-    Raises `OSError` where the port is taken, and what `Store.open` raises.
+    only). `on_ready` is called with the URL once requests are taken. Port 0 takes any free one. `listeners`
+    are the API's socket, and that of an `ops_port`; without them they are made here.
+    Raises `OSError` where a port is taken, and what `Store.open` raises.
     """
-    listener = listen(settings.host, settings.port, settings.send_buffer)
+    listeners = listeners or _listeners(settings)
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(listener.close)
+        for listener in listeners:
+            stack.callback(listener.close)
         if store is None:
             store = await Store.open(settings)
             stack.push_async_callback(store.aclose)
@@ -165,20 +139,29 @@ async def serve(
         gateway = Gateway(store, registry, settings)
         await gateway.start()
         stack.push_async_callback(gateway.aclose)
-        await _serve(gateway, listener, stop, on_ready or _report)
+        await _serve(gateway, listeners, stop, on_ready or _report)
+
+
+def _listeners(settings: Settings) -> list[socket.socket]:
+    ports = [settings.port, *([settings.ops_port] if settings.ops_port else [])]
+    with contextlib.ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        for port in ports:
+            listeners.append(listen(settings.host, port, settings.send_buffer))
+            stack.callback(listeners[-1].close)
+        stack.pop_all()  # nothing failed: they stay open
+    return listeners
 
 
 async def _serve(
-    gateway: Gateway, listener: socket.socket, stop: Stop, on_ready: Callable[[str], None]
+    gateway: Gateway, listeners: Sequence[socket.socket], stop: Stop, on_ready: Callable[[str], None]
 ) -> None:
-    settings = gateway.settings
-    servers = [Server(gateway.asgi)]
-    running = [asyncio.create_task(servers[0].serve([listener]), name="server")]
-    if settings.ops_port:
-        servers.append(Server(gateway.ops))
-        ops = listen(settings.host, settings.ops_port, settings.send_buffer)
-        running.append(asyncio.create_task(servers[1].serve([ops]), name="ops server"))
-    on_ready(url_of(listener))
+    servers = [Server(asgi) for asgi, _ in zip((gateway.asgi, gateway.ops), listeners, strict=False)]
+    running = [
+        asyncio.create_task(server.serve([listener]), name="server")
+        for server, listener in zip(servers, listeners, strict=True)
+    ]
+    on_ready(url_of(listeners[0]))
     asked = asyncio.create_task(stop.asked.wait())
     await asyncio.wait([*running, asked], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()

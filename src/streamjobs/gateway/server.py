@@ -34,13 +34,15 @@ USER_TIMEOUT_MS = 15_000
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
 
 
-def listen(host: str, port: int, send_buffer: int) -> socket.socket:
-    """A bound, listening socket. Raises `OSError`."""
+def listen(host: str, port: int, send_buffer: int, *, is_shared: bool = False) -> socket.socket:
+    """A bound, listening socket; a shared one beside others of the same address. Raises `OSError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # with the protocol named, asyncio turns Nagle off for what is accepted; else tokens come 40 ms late
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         with contextlib.suppress(OSError):
             option: int = getattr(socket, "TCP_USER_TIMEOUT", _TCP_USER_TIMEOUT)
