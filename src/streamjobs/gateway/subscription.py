@@ -147,6 +147,14 @@ class Subscription:
 
     # --- what
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether there may be more at once; else it is marked when there is."""
+        source = self._source
+        if not isinstance(source, Follower) or source.cursor is None:
+            return True
+        return source.cursor.seq < source.channel.ring.top.seq
+
     def take(self) -> list[Parts]:
         """What is due now, one piece of events at most."""
         source = self._source

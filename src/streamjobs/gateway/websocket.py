@@ -199,6 +199,7 @@ class WebSocket(asyncio.Protocol):
     def _close_soon(self) -> None:
         """The closing handshake is under way."""
         self._forget_ping()
+        self._pong = b""
         self.resume_reading()
         if self._closing is None:
             self._closing = asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort)

@@ -290,8 +290,8 @@ class Socket(Stream):
         self._answers += found
         if subscription.is_over:
             self._free(subscription, "ended")
-        elif found:
-            self._dirty[subscription] = None  # behind the others: there may be more
+        elif found and subscription.is_behind:
+            self._dirty[subscription] = None  # after the others
 
     def _next_answer(self) -> Parts:
         if len(self._answers) == 1:
