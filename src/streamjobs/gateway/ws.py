@@ -301,6 +301,8 @@ class Socket(Stream):
     # --- connections that nobody uses
 
     def _watch_idleness(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         self._idle_timer = asyncio.get_running_loop().call_later(self._until_idle(), self._check_idleness)
 
     def _until_idle(self) -> float:
