@@ -8,7 +8,7 @@ Rule 3: a bad message is answered, and the connection goes on; one that floods i
 answers do not go out is not read from.
 Rule 4: heartbeats are pings, so a peer that is gone is noticed while nothing is said.
 
-A subscription counts as a viewer, an open connection by itself does not.
+A connection is one viewer; its subscriptions are counted as streams that open and close.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ class Socket(Stream):
     def _pump(self) -> None:
         self._is_pumping = False
         try:
-            if not self.ended and self._wire.is_writable:
-                self._send(self._next())
+            if not self.ended:
+                self._send_if_possible()
         except Exception as error:
             log.exception("socket.failed", error=type(error).__name__)
             self.ended = "error"
@@ -234,6 +234,12 @@ class Socket(Stream):
             self.hub.close(self)
             if self.ended in GOODBYES:
                 self._wire.close(*GOODBYES[self.ended])
+
+    def _send_if_possible(self) -> None:
+        if self._wire.is_writable:
+            self._send(self._next())
+        elif not self._sending_since:
+            self.begin_send()  # a pong fills the socket too
 
     def _send(self, data: bytes) -> None:
         if data:
