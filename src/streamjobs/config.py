@@ -246,6 +246,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How often positions of watched jobs are compared with the log: pub/sub may lose."""
     max_connection_age: float = 1800.0
     """A stream is handed over after about this long, so that load moves to new gateways."""
+    ws_subscriptions: int = 64
+    """Jobs that one WebSocket may be subscribed to at once."""
+    ws_max_message: int = 4096
+    """Bytes of one message from a WebSocket's client."""
+    ws_message_rate: int = 20
+    """Messages a second that a WebSocket's client may send, after a burst of `ws_subscriptions` more."""
+    ws_idle_timeout: float = 60.0
+    """A WebSocket without subscriptions is closed when its client has said nothing for this long."""
+    ws_pong_timeout: float = 10.0
+    """A WebSocket's client that leaves a ping (one each silent `heartbeat_interval`) unanswered is gone."""
     ready_timeout: float = 0.0
     """`/readyz` turns false when Redis has been away this long; 0: an outage does not take gateways out."""
     page_events: int = 500
@@ -378,6 +388,7 @@ _POSITIVE = (
     "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
     "max_connection_age", "watch_limit", "redis_max_connections", "partitions", "concurrency", "max_attempts",
     "page_events",
+    "ws_subscriptions", "ws_max_message", "ws_message_rate", "ws_idle_timeout", "ws_pong_timeout",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",

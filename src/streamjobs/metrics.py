@@ -149,6 +149,7 @@ ARCHIVED = Counter(
 # --- gateway
 
 VIEWERS = Gauge("streamjobs_viewers", "Open streams, and requests that wait for a job", registry=REGISTRY)
+WEBSOCKETS = Gauge("streamjobs_websockets", "Open WebSockets; each is a viewer too", registry=REGISTRY)
 CHANNELS = Gauge("streamjobs_channels", "Jobs watched by this process", registry=REGISTRY)
 FRAMES_SENT = Counter("streamjobs_frames_sent", "Event frames handed to viewers", registry=REGISTRY)
 STREAM_BYTES = Counter("streamjobs_stream_bytes", "Bytes handed to viewers", registry=REGISTRY)
@@ -160,7 +161,7 @@ STREAMS_OPENED = Counter(
 )
 STREAMS_CLOSED = Counter(
     "streamjobs_streams_closed",
-    "Streams by why they ended: ended, gone, slow, age, drain, error",
+    "Streams by why they ended: ended, gone, slow, age, drain, error; subscriptions also unsubscribed, flood",
     ["why"],
     registry=REGISTRY,
 )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import structlog
 import uvloop
 from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
+from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamjobs.archive import Archive
@@ -34,6 +34,7 @@ from streamjobs.gateway.probes import Probes
 from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
 from streamjobs.gateway.stop import Stop
+from streamjobs.gateway.ws import SocketRoutes
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
 
@@ -54,11 +55,13 @@ class Gateway:
         archive = Archive.of(settings.archive_url, settings.archive_timeout)
         archived = Archived(archive, settings, store.snapshots.caps)
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
+        sockets = SocketRoutes(self.hub, archived)
         api = [
             *JobRoutes(store, self.hub, registry, settings).routes(),
             *LookRoutes(store, self.hub, archived, settings).routes(),
             Route("/v1/jobs/{id}/events", Events(self.hub, archived), methods=["GET"]),
             Route("/v1/events", OwnerEvents(self.hub), methods=["GET"]),
+            *sockets.routes(),
             *ActRoutes(store, self.hub.snapshots, archived, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
             *NoticeRoutes(store, settings).routes(),
@@ -66,7 +69,7 @@ class Gateway:
             *OperateRoutes(store, settings).routes(),
         ]
         self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)])
+        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)], sockets.sockets())
 
     async def start(self) -> None:
         """Start the loops."""
@@ -86,9 +89,9 @@ class Gateway:
         await self.hub.aclose()
 
 
-def routed(routes: list[Route]) -> ASGIApp:
+def routed(routes: list[Route], sockets: Sequence[WebSocketRoute] = ()) -> ASGIApp:
     """An ASGI app of these routes; what they do not have and what goes wrong become problem documents."""
-    return Edge(Router([*routes, *_other_methods(routes)], redirect_slashes=False))
+    return Edge(Router([*routes, *sockets, *_other_methods(routes)], redirect_slashes=False))
 
 
 def _other_methods(routes: list[Route]) -> list[Route]:

@@ -90,7 +90,7 @@ class Events:
 
     async def _stream(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            record, end = await self._look_up(asked.job_id)
+            record, end = await look_up(self._hub, asked.job_id)
         except JobNotFound:
             await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
             return
@@ -113,21 +113,6 @@ class Events:
         channel = self._hub.find(asked.job_id)
         events = record.last.seq if record is not None else channel.tail.seq if channel is not None else 0
         return Zstd() if events > self._hub.settings.snapshot_min_events else PLAIN
-
-    async def _look_up(self, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
-        """The job's head, where it takes asking, and its terminal event if it has ended.
-
-        Raises `JobNotFound`; nothing when Redis is away.
-        """
-        channel = self._hub.find(job_id)
-        if channel is not None and channel.is_ready:
-            return None, channel.end
-        try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT):
-                record = await self._hub.head(job_id)
-        except (StoreUnavailable, TimeoutError):
-            return None, None
-        return record, record.last if record.is_ended else None
 
     # --- the log at once
 
@@ -174,6 +159,22 @@ class Events:
         if not page.found:
             raise CursorNotFound(f"{cursor} is not in this job's log; read it again without a cursor")
         return page
+
+
+async def look_up(hub: Hub, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
+    """The job's head, where it takes asking, and its terminal event if it has ended.
+
+    Raises `JobNotFound`; nothing when Redis is away.
+    """
+    channel = hub.find(job_id)
+    if channel is not None and channel.is_ready:
+        return None, channel.end
+    try:
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
+            record = await hub.head(job_id)
+    except (StoreUnavailable, TimeoutError):
+        return None, None
+    return record, record.last if record.is_ended else None
 
 
 def _asked(scope: Scope, settings: Settings) -> _Asked:

@@ -4,21 +4,25 @@ Rule 1: the listening socket is ours; accepted ones inherit a small send buffer,
 not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones. A link
 that dies while a stream is idle shows only at the next heartbeat: both together are 30 seconds by default.
 Rule 2: signals are ours too: uvicorn's own shutdown would wait for streams for ever.
-Rule 3: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
+Rule 3: a WebSocket's handshake leaves uvicorn: the connection is a `websocket.WebSocket` from then on.
+Rule 4: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import urllib.parse
 from collections.abc import Callable, Generator
 from typing import Any, cast
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from streamjobs.gateway.edge import CONNECTION
+from streamjobs.gateway.websocket import WebSocket, key_of
 
 BACKLOG = 2048
 KEEP_ALIVE = 65
@@ -114,6 +118,36 @@ class Protocol(HttpToolsProtocol):
         """Wait until the socket has taken everything; see `Wire`."""
         await self.flow.drain()
 
+    def handle_websocket_upgrade(self) -> None:
+        """Hand the connection over; from here on this object is of no use."""
+        if self.cycle and not self.cycle.response_complete:
+            self.transport.abort()  # it did not wait for the answer before this one
+            return
+        self.connections.discard(self)
+        scope = cast("dict[str, Any]", self.scope)
+        url = httptools.parse_url(self.url)
+        socket = WebSocket(self.server_state, self.transport, key_of(scope["headers"]))
+        scope |= {
+            "type": "websocket",
+            "path": self.root_path + urllib.parse.unquote(url.path.decode("ascii")),
+            "raw_path": self.root_path.encode("ascii") + url.path,
+            "query_string": url.query or b"",
+            "subprotocols": [],
+            "extensions": {
+                "websocket.http.response": {},
+                CONNECTION: {"abort": socket.abort, "socket": socket},
+            },
+        }
+        socket.ask(cast("ASGIApp", self.app), scope)
+
+    def _should_upgrade(self) -> bool:
+        """Whether this is a WebSocket's handshake; what is not quite one is a plain request."""
+        is_get = (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
+        return is_get and super()._should_upgrade() and bool(key_of(self.headers))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: strangers may ask for what they like."""
+
     def _on_lost(self, hear: Callable[[], None] | None) -> None:
         self._hear_lost = hear
         if hear is not None and self.transport.is_closing():
@@ -132,7 +166,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 cast("Any", app),
                 http=Protocol,
-                ws="none",
+                ws=WebSocket,
                 lifespan="off",
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE,

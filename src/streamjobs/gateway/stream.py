@@ -51,10 +51,13 @@ class Stream:
 
     def close(self) -> None:
         """Free everything about it."""
+        self._stop_timers()
+        metrics.STREAMS_CLOSED.labels(self.ended or "gone").inc()
+
+    def _stop_timers(self) -> None:
         self._timer.cancel()
         if self._pacer is not None:
             self._pacer.cancel()
-        metrics.STREAMS_CLOSED.labels(self.ended or "gone").inc()
 
     def count(self) -> None:
         """What was handed out has been sent."""
