@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-import pytest
-
 from streamjobs import App, Context
 from streamjobs.store import Store, Submission
 from tests.conftest import RedisProcess, wait_until
@@ -153,7 +151,6 @@ async def first_start(bench: Lab, job_id: str) -> int:
     return next((event.data["ts"] for event in await bench.log(job_id) if event.type in STARTS), 0)
 
 
-@pytest.mark.timeout(120)
 async def test_an_owner_with_5000_jobs_delays_another_by_few(redis: RedisProcess):
     """Whoever comes second would wait for all that the first one ever asked for."""
     app, started, delays = App(builtin_tools=False), Counter[str](), list[int]()
