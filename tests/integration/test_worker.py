@@ -403,7 +403,7 @@ async def test_three_hundred_jobs_leave_a_sound_store(redis: RedisProcess):
     scenario = Scenario(turns=[Turn(text="one two three ")])
     async with talking(redis.url, scenario, owner_limit=0) as bench:
         jobs = [await bench.chat(str(n)) for n in range(300)]
-        await bench.ended(*jobs, timeout=40.0)
+        await bench.ended(*jobs, timeout=90.0)
         report = await bench.healthy()
         assert report.statuses == {"completed": 300}
         assert await bench.store.work.backlog(0) in ({}, {"waiting:default": 0, "running:default": 0})
