@@ -79,11 +79,11 @@ class Lab:
     async def has(self, job_id: str, kind: str, count: int = 1) -> bool:
         return (await self.types(job_id)).count(kind) >= count
 
-    async def until(self, job_id: str, kind: str, count: int = 1, timeout: float = 15.0) -> None:
+    async def until(self, job_id: str, kind: str, count: int = 1, timeout: float = 40.0) -> None:
         """Wait until the job's log holds so many events of a type."""
         await wait_until(lambda: self.has(job_id, kind, count), timeout, f"{kind} in the log of {job_id}")
 
-    async def ended(self, *job_ids: str, timeout: float = 20.0) -> JobView:
+    async def ended(self, *job_ids: str, timeout: float = 60.0) -> JobView:
         """Wait until all have ended; the view of the last one."""
         for job_id in job_ids:
             try:
@@ -99,6 +99,11 @@ class Lab:
     async def run(self, prompt: str = "hello", **fields: Any) -> JobView:
         """Submit a chat and wait for its end."""
         return await self.ended(await self.chat(prompt, **fields))
+
+    async def expire_lease(self, job_id: str) -> None:
+        """Let a job's lease be over now, as if its worker had said nothing for as long as it is."""
+        client: Any = self.store.client
+        await client.zadd("sj:{0}:leases", {job_id: 1})
 
     async def _is_ended(self, job_id: str) -> bool:
         return (await self.store.jobs.get(job_id)).is_ended
@@ -168,7 +173,7 @@ async def sweeping(store: Store) -> AsyncIterator[None]:
             await task
 
 
-async def drained(worker: Worker, store: Store, timeout: float = 20.0) -> None:
+async def drained(worker: Worker, store: Store, timeout: float = 40.0) -> None:
     """Drain a worker and wait until it has left the registry."""
     worker.drain()
 
@@ -220,7 +225,7 @@ class WorkerProcess:
     def terminate(self) -> None:
         self.send(signal.SIGTERM)
 
-    async def ended(self, timeout: float = 20.0) -> int:
+    async def ended(self, timeout: float = 40.0) -> int:
         """Wait for the process's end; its exit status."""
         await wait_until(lambda: self.process.poll() is not None, timeout, "the end of the worker's process")
         assert self.process.returncode is not None
@@ -238,6 +243,11 @@ def worker_process(
     finally:
         if worker.process.poll() is None:
             worker.kill()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def environment(settings: Any) -> dict[str, str]:

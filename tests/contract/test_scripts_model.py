@@ -101,7 +101,7 @@ def play_all(call: ScriptCaller, ear: Ear, programs: int) -> Counter[str]:
     return seen
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_scripts_agree_with_the_model(call: ScriptCaller, ear: Ear) -> None:
     """Without it, a job could be lost, doubled or stuck by an order of calls that nobody thought of."""
     seen = play_all(call, ear, PROGRAMS)

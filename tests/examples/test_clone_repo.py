@@ -109,7 +109,7 @@ async def test_a_killed_worker_leaves_no_half_clone_behind(
         assert [name for name in clones(tmp_path) if name[0] != "."] == [], "no half clone has its name"
         (tmp_path / "output" / "clones" / f".origin-{job_id}.dead" / ".git").mkdir(parents=True)
         async with working(bench.store, app):
-            view = await bench.ended(job_id, timeout=30.0)
+            view = await bench.ended(job_id, timeout=60.0)
     assert view.status == "completed", view.error
     assert view.result["files"] == 128
     assert clones(tmp_path) == [Path(view.result["path"]).name]

@@ -43,7 +43,7 @@ async def test_a_repository_is_reviewed_and_summed_up(redis: RedisProcess, repos
     """The review would miss files, or sum up what nobody found."""
     async with talking(redis.url, says("One file is bad."), app=app) as bench:
         job_id = await bench.submit("code_review", {"path": "project", "below": "src"})
-        view = await bench.ended(job_id, timeout=30.0)
+        view = await bench.ended(job_id, timeout=60.0)
         log = await bench.log(job_id)
         asked = bench.provider.requests[0]["messages"][-1]["content"]
     assert view.status == "completed", view.error
@@ -67,7 +67,7 @@ async def test_a_killed_review_reviews_no_file_again(redis: RedisProcess, reposi
             await bench.until(job_id, "step.completed", 20)
             worker.kill()
         async with working(bench.store, app):
-            view = await bench.ended(job_id, timeout=30.0)
+            view = await bench.ended(job_id, timeout=60.0)
         log = await bench.log(job_id)
         await bench.healthy()
     assert view.status == "completed", view.error

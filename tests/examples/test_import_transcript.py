@@ -44,7 +44,7 @@ async def test_a_killed_import_goes_on_at_its_last_batch(redis: RedisProcess, ro
         before = [event for event in await bench.log(job_id) if event.type == "step.completed"]
         assert len(before) < 41, "it was killed in the middle"
         async with working(bench.store, app):
-            view = await bench.ended(job_id, timeout=40.0)
+            view = await bench.ended(job_id, timeout=90.0)
         log = await bench.log(job_id)
         await bench.healthy()
     assert view.status == "completed", view.error

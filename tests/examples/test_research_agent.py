@@ -69,7 +69,7 @@ async def test_a_report_is_published_once_through_a_crash(redis: RedisProcess, t
         job_id = await bench.submit("research", {"text": QUESTION})
         await publish_and_die(bench, job_id, fault)
         async with working(bench.store, app):
-            view = await bench.ended(job_id, timeout=30.0)
+            view = await bench.ended(job_id, timeout=60.0)
         log = await bench.log(job_id)
         await bench.healthy()
     assert view.status == "completed", view.error

@@ -55,7 +55,7 @@ async def passed_points(bench: Lab, patch: pytest.MonkeyPatch, effects: Path) ->
     patch.setattr(faults, "_strike", lambda name: passed.update([name]))
     async with working(bench.store, app):
         job_id = await bench.submit("everything", 1, queue=bench.store.settings.queues[0])
-        await asyncio.gather(bench.ended(job_id, timeout=30.0), answer(bench, job_id))
+        await asyncio.gather(bench.ended(job_id, timeout=60.0), answer(bench, job_id))
     patch.undo()
     await require_right(bench, job_id, 1, effects)
     return passed
@@ -73,11 +73,11 @@ async def strike(bench: Lab, point: str, effects: Path) -> Verdict:
     with worker_process(own, TARGET, fault=point, env={"EFFECTS": str(effects)}) as victim:
         job_id = await bench.submit("everything", 1, queue=queue)
         answering = asyncio.create_task(answer(bench, job_id))
-        assert await victim.ended(30.0) == -signal.SIGKILL
+        assert await victim.ended(60.0) == -signal.SIGKILL
     died = time.monotonic()
     try:
         async with working(bench.store, app, queues=[queue]):
-            await bench.ended(job_id, timeout=30.0)
+            await bench.ended(job_id, timeout=60.0)
         recovered = time.monotonic() - died
         events = len(await require_right(bench, job_id, 1, effects))
         await require_replays(bench, job_id)

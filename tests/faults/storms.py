@@ -16,6 +16,8 @@ from tests.conftest import wait_until
 from tests.harness import Lab, Logged, WorkerProcess, worker_process
 
 WORKERS = 3
+LEAST_KILLS = 3
+"""A worker of a busy machine may need most of a storm's time to start."""
 
 
 def seeded() -> int:
@@ -38,12 +40,15 @@ def workers(
 async def kill_at_random(
     bench: Lab, running: list[WorkerProcess], chance: random.Random, seconds: float, most: float = 1.5
 ) -> int:
-    """Kill and restart one worker after the other, of those that have started; how many were killed."""
+    """Kill and restart one worker after the other, of those that run jobs; how many were killed.
+
+    It takes `seconds`, and longer where they are over, and jobs are left, before a few were killed.
+    """
     until, kills = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or (kills < LEAST_KILLS and await is_busy(bench)):
         await asyncio.sleep(chance.uniform(0.3, most))
-        started = {info.pid for info in await bench.store.workers.all()}
-        victims = [worker for worker in running if worker.pid in started]
+        at_work = await pids_at_work(bench)
+        victims = [worker for worker in running if worker.pid in at_work]
         if victims:
             victim = chance.choice(victims)
             victim.kill()
@@ -51,6 +56,18 @@ async def kill_at_random(
             kills += 1
     await wait_until(lambda: all(worker.process.poll() is None for worker in running))
     return kills
+
+
+async def is_busy(bench: Lab) -> bool:
+    return any((await bench.store.work.backlog(0)).values())
+
+
+async def pids_at_work(bench: Lab) -> set[int]:
+    """The processes that hold leases: a worker's id is host, process and chance."""
+    client: Any = bench.store.client
+    jobs = [job_id.decode() for job_id in await client.zrange("sj:{0}:leases", 0, -1)]
+    workers = [await client.hget(f"sj:{{0}}:job:{job_id}", "worker") for job_id in jobs]
+    return {int(worker.split(b"-")[-2]) for worker in workers if worker}
 
 
 def require_quiet(effects: Path) -> None:

@@ -27,7 +27,7 @@ SCENARIO = Scenario(
 )
 TOOLS = ["pure", "idempotent", "once"]
 LEASE = 1.0
-RECOVERY = 15.0
+RECOVERY = 60.0
 """Far above lease and sweep: a bound that says 'it recovers', not how fast."""
 
 ONCE = [f"{point}:3" for point in CHAT_POINTS if "_tool_" in point]

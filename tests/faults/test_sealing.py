@@ -17,6 +17,7 @@ from streamjobs.projections.snapshot import SnapshotProjection
 from streamjobs.store import Store, keys
 from streamjobs.store.doctor import Doctor
 from tests.conftest import RedisProcess, fast_settings, wait_until
+from tests.harness import is_stopped
 from tests.sealing import Job
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +49,7 @@ async def project(store: Store, job_id: str, fault: str = "") -> int:
     env = os.environ | {f"STREAMJOBS_{name.upper()}": str(value) for name, value in SMALL.items()}
     env |= {"STREAMJOBS_REDIS_URL": store.settings.redis_url, "STREAMJOBS_FAULT": fault}
     process = subprocess.Popen([sys.executable, "-c", PROJECTOR, job_id], env=env, cwd=ROOT)
-    await wait_until(lambda: process.poll() is not None, 20.0, "the end of the projector's process")
+    await wait_until(lambda: process.poll() is not None, 60.0, "the end of the projector's process")
     return process.returncode
 
 
@@ -81,20 +82,16 @@ async def test_a_projector_that_was_frozen_does_no_harm(store: Store):
     env |= {"STREAMJOBS_REDIS_URL": store.settings.redis_url, "STREAMJOBS_FAULT": "before_seal:1:stop"}
     frozen = subprocess.Popen([sys.executable, "-c", PROJECTOR, job.id], env=env, cwd=ROOT)
     try:
-        await wait_until(lambda: stopped(frozen.pid), 20.0, "the stop")
+        await wait_until(lambda: is_stopped(frozen.pid), 60.0, "the stop")
         await job.say(3)
         await SnapshotProjection(store).advance(job.id)
         await job.say(20)
         await SnapshotProjection(store).advance(job.id)
         frozen.send_signal(signal.SIGCONT)
-        await wait_until(lambda: frozen.poll() is not None, 20.0, "the end")
+        await wait_until(lambda: frozen.poll() is not None, 60.0, "the end")
     finally:
         frozen.kill()
         await asyncio.to_thread(frozen.wait, 20)
     assert frozen.returncode == 0
     assert await job.replay() == job.whole
     assert (await Doctor(store).examine()).violations == []
-
-
-def stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -38,7 +38,7 @@ async def test_the_workflow_passes_every_point(bench: Lab, effects: Path):
         assert passed[point] >= int(count), (later, passed[point])
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_a_worker_killed_at_any_point_costs_a_lease_and_nothing_else(bench: Lab, effects: Path):
     """The promise of durable workflows: pull the plug anywhere, and the work is done, once."""
     verdicts = await campaign(bench, WORKER_POINTS, effects, together=8)

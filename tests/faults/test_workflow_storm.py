@@ -20,7 +20,7 @@ CHANGES = SETTINGS | {
 }  # fmt: skip
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_a_short_storm_over_workflows(redis: RedisProcess, tmp_path: Path):
     """Ten seconds of pulled plugs: no step twice in a log, nothing paid twice, every answer used."""
     await storm(redis, tmp_path, seconds=10.0, jobs=60)
@@ -43,7 +43,7 @@ async def storm(redis: RedisProcess, folder: Path, *, seconds: float, jobs: int)
             killing.add_done_callback(lambda _: calm.append(time.monotonic()))
             submitted = await submit_over(bench, jobs, 0.9 * seconds)
             kills = await killing
-            await bench.ended(*submitted, timeout=120.0)
+            await bench.ended(*submitted, timeout=200.0)
             drained = time.monotonic() - calm[0]
         logs = [await require_right(bench, job_id, number, effects) for job_id, number in submitted.items()]
         types = report(kills, drained, logs)

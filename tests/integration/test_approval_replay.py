@@ -13,9 +13,6 @@ from streamjobs.testing import Scenario, ScriptedCall, Turn
 from tests.conftest import RedisProcess, wait_until
 from tests.harness import Lab, one_outcome_each, talking
 
-pytestmark = pytest.mark.timeout(60)
-
-
 PATIENT = {"park_after": 0.1, "replay_timeout": 30.0}
 """A replay that waits for something that never comes fails these tests instead of passing them late."""
 
@@ -93,7 +90,7 @@ async def test_a_job_goes_on_after_what_was_approved(redis: RedisProcess, kind: 
         for number in (1, 2):
             await parked(bench, job_id, number)
             await approve_next(bench, job_id, number)
-        view = await bench.ended(job_id, timeout=10.0)
+        view = await bench.ended(job_id, timeout=25.0)
     assert view.status == "completed", view.error
     assert view.result == ["one", "two"]
     assert done == {"one": 1, "two": 1}
@@ -107,7 +104,7 @@ async def test_an_answer_is_for_one_question(redis: RedisProcess, kind: str):
         job_id = await bench.submit(kind)
         await approve_next(bench, job_id, 1)
         await approve_next(bench, job_id, 2, "deny")
-        view = await bench.ended(job_id, timeout=10.0)
+        view = await bench.ended(job_id, timeout=25.0)
     assert view.status == "failed"
     assert done == {"one": 1}
 
@@ -122,7 +119,7 @@ async def test_an_answer_is_not_taken_again_by_the_next_attempt(redis: RedisProc
         await parked(bench, job_id, 3)
         assert done == {"one": 1, "fails": 2}, "what was approved and failed is done again without asking"
         await approve_next(bench, job_id, 3)
-        view = await bench.ended(job_id, timeout=10.0)
+        view = await bench.ended(job_id, timeout=25.0)
     assert view.status == "completed", view.error
     assert view.result == ["one", "two"]
     assert done == {"one": 1, "fails": 2, "two": 1}
@@ -132,7 +129,7 @@ async def test_a_step_that_was_tried_again_is_replayed(redis: RedisProcess):
     """A job that waited between the tries of a step would hang in its next run."""
     done = Counter[str]()
     async with talking(redis.url, app=program(done), **PATIENT) as bench:
-        view = await bench.ended(await bench.submit("retried"), timeout=10.0)
+        view = await bench.ended(await bench.submit("retried"), timeout=25.0)
     assert view.status == "completed", view.error
     assert done == {"one": 2, "two": 1}
 
@@ -152,7 +149,7 @@ async def test_a_chat_goes_on_after_what_was_approved(redis: RedisProcess):
         await parked(bench, job_id, 3)
         assert done == {"one": 1, "two": 1}
         await approve_next(bench, job_id, 3)
-        view = await bench.ended(job_id, timeout=10.0)
+        view = await bench.ended(job_id, timeout=25.0)
         one_outcome_each(await bench.log(job_id))
     assert view.status == "completed", view.error
     assert done == {"one": 1, "two": 1, "three": 1}

@@ -13,7 +13,7 @@ import pytest
 
 from streamjobs.app import App, ToolContext
 from streamjobs.errors import Fenced, JobEnded
-from streamjobs.events import Event, JobWaiting, encode_event
+from streamjobs.events import TERMINAL, Event, JobWaiting, encode_event
 from streamjobs.store import Batch, Lease
 from streamjobs.testing import Scenario, ScriptedCall, Turn
 from streamjobs.testing.scenario import EndlessFault, StatusFault
@@ -23,7 +23,7 @@ from tests.harness import Lab, lab, one_end, talking, working
 LONG = Scenario(turns=[Turn(text="word " * 20, faults=[EndlessFault()], rate=500.0)])
 
 
-async def cancelled(bench: Lab, job_id: str, timeout: float = 10.0) -> dict[str, Any]:
+async def cancelled(bench: Lab, job_id: str, timeout: float = 60.0) -> dict[str, Any]:
     """Wait for the job's end, which must be the cancel; the event that says so."""
     view = await bench.ended(job_id, timeout=timeout)
     assert view.status == "cancelled"
@@ -120,7 +120,7 @@ async def test_a_paused_job_ends_at_once(redis: RedisProcess):
 @pytest.mark.parametrize("model", ["openai:scripted", "anthropic:scripted"])
 async def test_a_running_turn_stops_and_its_connection_is_closed(redis: RedisProcess, model: str):
     """Otherwise the model talks on, unheard and paid for. The log proves how soon it really stopped."""
-    async with talking(redis.url, LONG) as bench:
+    async with talking(redis.url, LONG, lease=60.0) as bench:
         job_id = await bench.chat(model=model)
         await bench.until(job_id, "text.delta", 3)
         assert bench.provider.open_streams == 1
@@ -133,7 +133,7 @@ async def test_a_running_turn_stops_and_its_connection_is_closed(redis: RedisPro
         late = [one for one in log[asked:] if one.type == "text.delta"]
         assert event["deltas_after"] == len(late)
         assert event["effective_ms"] == pytest.approx(log[-1].data["ts"] - log[asked].data["ts"], abs=2)
-        assert event["effective_ms"] < 1000
+        assert event["effective_ms"] < 15_000, "with the next renewal it would be heard of after 20 s"
 
 
 def app_with_tools() -> App:
@@ -193,13 +193,14 @@ async def test_a_tool_does_not_start_after_a_cancel(redis: RedisProcess):
         runs.append(1)
         return "paid"
 
-    turn = Turn(text="I will pay. " * 5, tool_calls=[ScriptedCall(name="pays")], rate=60.0)
+    turn = Turn(text="I will pay. " * 5, tool_calls=[ScriptedCall(name="pays")], rate=8.0)
     async with talking(redis.url, Scenario(turns=[turn]), app) as bench:
         bench.store.live.on_inbox = nothing_heard  # type: ignore[method-assign, assignment]
-        jobs = [await bench.chat(tools=["pays"]) for _ in range(10)]
-        for job_id in jobs:
-            await bench.until(job_id, "turn.started")
-            await bench.store.jobs.cancel(job_id)
+        jobs: list[str] = []
+        for _ in range(10):
+            jobs.append(await bench.chat(tools=["pays"]))
+            await bench.until(jobs[-1], "turn.started")
+            assert await bench.store.jobs.cancel(jobs[-1]) == "requested"
         await bench.ended(*jobs)
         for job_id in jobs:
             await cancelled(bench, job_id)
@@ -212,7 +213,7 @@ async def nothing_heard(*_: Any) -> None:
 
 async def test_a_cancel_whose_hint_is_lost_is_heard_with_the_next_renewal(redis: RedisProcess):
     """Pub/sub loses without a word; a silent job must stop all the same, within a third of a lease."""
-    async with lab(redis.url, lease=3.0) as bench:
+    async with lab(redis.url, lease=6.0) as bench:
         bench.store.live.on_inbox = nothing_heard  # type: ignore[method-assign, assignment]
         app = App()
         app.workflow("silent")(silent)
@@ -221,7 +222,7 @@ async def test_a_cancel_whose_hint_is_lost_is_heard_with_the_next_renewal(redis:
             await bench.until(job_id, "job.progress")
             await bench.store.jobs.cancel(job_id)
             event = await cancelled(bench, job_id)
-            assert event["effective_ms"] < 3000 / 3 + 1000
+            assert event["effective_ms"] < 5500, "two seconds, and what a busy machine adds"
 
 
 async def silent(ctx: Any) -> None:
@@ -275,7 +276,7 @@ async def test_code_that_ignores_its_cancellation_is_left_behind(redis: RedisPro
         await bench.until(job_id, "job.progress")
         await bench.store.jobs.cancel(job_id)
         event = await cancelled(bench, job_id)
-        assert 250 <= event["effective_ms"] < 3000
+        assert 250 <= event["effective_ms"] < 30_000
         await wait_until(lambda: worker.running == 0)
         assert (await bench.run()).status == "completed"
         may_end.set()
@@ -345,14 +346,14 @@ async def test_a_cancel_that_races_with_the_end_leaves_one_end(redis: RedisProce
         jobs = [await bench.chat(str(n), tools=["quick"]) for n in range(200)]
 
         async def cancel(job_id: str) -> None:
-            await wait_until(lambda: _has_started(bench, job_id))
-            await asyncio.sleep(chance.uniform(0.0, 0.1))
+            moment = chance.choice(MOMENTS)
+            await wait_until(lambda: _has_come_to(bench, job_id, moment))
             with contextlib.suppress(JobEnded):
                 await bench.store.jobs.cancel(job_id)
 
         async with working(bench.store, app):
             await asyncio.gather(*map(cancel, jobs))
-            await bench.ended(*jobs, timeout=30.0)
+            await bench.ended(*jobs, timeout=60.0)
             await wait_until(lambda: bench.provider.open_streams == 0)
         ends = [one_end(await bench.log(job_id)) for job_id in jobs]
         assert set(ends) <= {"job.completed", "job.cancelled"}
@@ -361,8 +362,13 @@ async def test_a_cancel_that_races_with_the_end_leaves_one_end(redis: RedisProce
         assert len(set(ends)) == 2, "the moments were not random enough to prove anything"
 
 
-async def _has_started(bench: Lab, job_id: str) -> bool:
-    return await bench.status(job_id) != "queued"
+MOMENTS = ["job.queued", "job.started", "turn.started", "tool.called", "tool.completed", "job.completed"]
+"""By what a log says, not by a clock: however busy the machine is, some come too early and some too late."""
+
+
+async def _has_come_to(bench: Lab, job_id: str, moment: str) -> bool:
+    types = await bench.types(job_id)
+    return moment in types or types[-1] in TERMINAL
 
 
 async def test_the_slots_of_cancelled_jobs_are_free_again(redis: RedisProcess):

@@ -17,8 +17,6 @@ from streamjobs.client import Client, GatewayError, JobCancelled, JobFailed
 from tests.conftest import wait_until
 from tests.integration.dev import running_dev
 
-pytestmark = pytest.mark.timeout(120)
-
 ROLES = {"demo", "dev", "doctor", "projector", "provider", "schedules", "serve", "worker"}
 """Commands that talk to no gateway, and the group that has tests of its own."""
 

@@ -274,13 +274,13 @@ async def test_the_first_projector_over_an_old_store_tells_nothing_old(store: St
     await waiting.write(APPROVAL)
     await asyncio.sleep(0.01)
     async with projecting(store, NotifyProjection(store)):
-        await wait_until(lambda: caught_up(store, ["notify"]), 20)
+        await wait_until(lambda: caught_up(store, ["notify"]), 60)
         assert [one.job for one in await told(store, "anna")] == [waiting.id], "it still waits"
         await live.complete()
-        await wait_until(lambda: caught_up(store, ["notify"]), 20)
+        await wait_until(lambda: caught_up(store, ["notify"]), 60)
     assert [one.job for one in await told(store, "anna")] == [live.id, waiting.id]
     await store.feed.ask_rebuild("notify")
     async with projecting(store, NotifyProjection(store)):
-        await wait_until(lambda: caught_up(store, ["notify"]), 20)
+        await wait_until(lambda: caught_up(store, ["notify"]), 60)
     assert len(await told(store, "anna")) == 2
     assert await store.client.zcard("sj:{0}:deliveries") == 2, hook

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from tests.conftest import RedisProcess
+from tests.conftest import RedisProcess, wait_until
 from tests.integration.gateway import Frame, Script, Served, serving
 
 ROUNDS = 6
@@ -27,7 +27,7 @@ async def cut(redis: RedisProcess) -> None:
     with redis.client() as client:
         for _ in range(ROUNDS):
             await asyncio.sleep(0.5)
-            client.client_kill_filter(_type="pubsub")
+            await wait_until(lambda: client.client_kill_filter(_type="pubsub"), what="a connection to kill")
 
 
 async def view(served: Served, script: Script, delay: float) -> list[Frame]:

@@ -276,7 +276,7 @@ async def test_a_job_ends_with_its_time(redis: RedisProcess):
         view = await run(bench, "hangs", timeout=0.5)
         assert view.error is not None
         assert (view.status, view.error.code) == ("failed", "timeout")
-        assert 0.5 <= time.monotonic() - started < 5
+        assert 0.49 <= time.monotonic() - started < 40
 
 
 async def test_time_that_ran_out_between_attempts_ends_the_job(redis: RedisProcess):
@@ -334,19 +334,23 @@ async def test_a_worker_takes_from_its_queues_only(redis: RedisProcess):
 
 
 class Gauge:
-    """How many run at once, and the most there were."""
+    """How many run at once, and the most there were. All but `free` ones run until `go` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, free: str = "") -> None:
         self.now: dict[str, int] = {}
         self.most: dict[str, int] = {}
+        self.go = asyncio.Event()
+        self._free = free
 
     async def workflow(self, ctx: Any) -> None:
-        """Be counted for a moment, in all and for the owner."""
+        """Be counted for a while, in all and for the owner."""
         names = ("all", ctx.owner)
         for name in names:
             self.now[name] = self.now.get(name, 0) + 1
             self.most[name] = max(self.most.get(name, 0), self.now[name])
-        await asyncio.sleep(0.03)
+        if ctx.owner != self._free:
+            await self.go.wait()
+        await asyncio.sleep(0.01)
         for name in names:
             self.now[name] -= 1
 
@@ -357,8 +361,10 @@ async def test_concurrency_is_respected_and_used(redis: RedisProcess):
     async with lab(redis.url, concurrency=10, owner_limit=0) as bench:
         jobs = [await bench.submit("count") for _ in range(80)]
         async with working(bench.store, one("count", gauge.workflow)):
+            await wait_until(lambda: gauge.now.get("all") == 10, what="ten that run at once")
+            gauge.go.set()
             await bench.ended(*jobs)
-    assert 8 <= gauge.most["all"] <= 10
+    assert gauge.most["all"] == 10
 
 
 async def test_the_last_free_slots_are_used_too(redis: RedisProcess):
@@ -374,18 +380,19 @@ async def test_the_last_free_slots_are_used_too(redis: RedisProcess):
             await bench.submit("long")
         await wait_until(lambda: len(started) == 31)
         await bench.submit("long")
-        await wait_until(lambda: len(started) == 32, timeout=3.0)
+        await wait_until(lambda: len(started) == 32)
 
 
 async def test_an_owners_limit_holds_and_leaves_room_for_others(redis: RedisProcess):
     """One customer's thousand jobs must not stand in front of another's first."""
-    gauge = Gauge()
+    gauge = Gauge(free="single")
     async with lab(redis.url, owner_limit=2) as bench:
         many = [await bench.submit("count", owner="many") for _ in range(20)]
         single = await bench.submit("count", owner="single")
         async with working(bench.store, one("count", gauge.workflow)):
             await bench.ended(single)
-            assert sum([await bench.status(job_id) == "completed" for job_id in many]) < 20
+            await wait_until(lambda: gauge.now.get("many") == 2, what="as many as the limit allows")
+            gauge.go.set()
             await bench.ended(*many)
         await bench.healthy()
     assert gauge.most["many"] == 2
@@ -396,7 +403,7 @@ async def test_three_hundred_jobs_leave_a_sound_store(redis: RedisProcess):
     scenario = Scenario(turns=[Turn(text="one two three ")])
     async with talking(redis.url, scenario, owner_limit=0) as bench:
         jobs = [await bench.chat(str(n)) for n in range(300)]
-        await bench.ended(*jobs, timeout=40.0)
+        await bench.ended(*jobs, timeout=90.0)
         report = await bench.healthy()
         assert report.statuses == {"completed": 300}
         assert await bench.store.work.backlog(0) in ({}, {"waiting:default": 0, "running:default": 0})
@@ -436,12 +443,12 @@ async def test_a_drain_hands_back_between_rounds(redis: RedisProcess):
     """At a recorded point nothing is lost by handing over: the next worker goes on with the next turn."""
     from streamjobs.testing import ScriptedCall
 
-    app = App(builtin_tools=False)
+    app, may_end = App(builtin_tools=False), asyncio.Event()
 
     @app.tool
     async def brief() -> str:
         """Take a moment."""
-        await asyncio.sleep(0.3)
+        await may_end.wait()
         return "done"
 
     scenario = Scenario(
@@ -451,6 +458,8 @@ async def test_a_drain_hands_back_between_rounds(redis: RedisProcess):
         async with working(bench.store, app) as worker:
             job_id = await bench.chat(tools=["brief"])
             await bench.until(job_id, "tool.started")
+            worker.drain()
+            may_end.set()
             await drained(worker, bench.store)
         assert await bench.status(job_id) == "queued"
         async with working(bench.store, app):
@@ -497,7 +506,7 @@ async def test_sigterm_does_not_wait_for_code_that_ignores_it(redis: RedisProces
             started = time.monotonic()
             worker.terminate()
             assert await worker.ended() == 0
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 30
         assert await bench.status(job_id) == "queued"
         assert one_of(await bench.types(job_id), "job.requeued")
 
@@ -508,14 +517,18 @@ def one_of(kinds: list[str], kind: str) -> bool:
 
 async def test_a_second_sigterm_ends_it_at_once(redis: RedisProcess):
     """An operator in a hurry is not argued with; the job is taken over like any lost one."""
-    async with lab(redis.url, LONG, drain_grace=60.0, lease=1.0) as bench:
+    async with lab(redis.url, LONG, drain_grace=600.0, lease=1.0, worker_ttl=1.0) as bench:
+
+        async def is_draining() -> bool:
+            return any(info.draining for info in await bench.store.workers.all())
+
         with worker_process(bench.store.settings) as worker:
             job_id = await bench.chat()
             await bench.until(job_id, "text.delta")
             worker.terminate()
-            await asyncio.sleep(0.3)
+            await wait_until(is_draining, what="the drain: two signals at once may be heard as one")
             worker.terminate()
-            assert await worker.ended(5.0) == 130
+            assert await worker.ended() == 130
         async with working(bench.store):
             assert (await bench.ended(job_id)).status == "completed"
 
@@ -530,8 +543,8 @@ async def test_sigterm_with_redis_away_ends_within_its_bound(own_redis: RedisPro
             await asyncio.sleep(0.3)
             started = time.monotonic()
             worker.terminate()
-            assert await worker.ended(40.0) == 0
-            assert time.monotonic() - started < 25
+            assert await worker.ended(60.0) == 0
+            assert time.monotonic() - started < 40
         own_redis.start()
 
 
@@ -567,10 +580,11 @@ async def test_what_a_workflow_says_is_said_once_over_a_crash(redis: RedisProces
         return "told"
 
     app = one("tells", tells)
-    async with lab(redis.url, lease=0.6) as bench:
+    async with lab(redis.url) as bench:
         async with working(bench.store, app):
             job_id = await bench.submit("tells")
             await crashed.wait()
+        await bench.expire_lease(job_id)
         async with working(bench.store, app):
             view = await bench.ended(job_id)
         assert (view.status, view.result, len(lives)) == ("completed", "told", 2)
@@ -601,11 +615,12 @@ async def test_a_job_that_crashes_its_workers_is_set_aside(redis: RedisProcess):
         await asyncio.sleep(3600)  # it writes nothing: a crash of the interpreter comes without a word
 
     app = one("poison", poison)
-    async with lab(redis.url, lease=0.4, max_crashes=2, crash_base=0.1) as bench:
+    async with lab(redis.url, lease=30.0, max_crashes=2, crash_base=0.1) as bench:
         job_id = await bench.submit("poison")
         for life in range(1, 5):
             async with working(bench.store, app):
                 await wait_until(lambda life=life: len(lives) == life)
+            await bench.expire_lease(job_id)
         async with working(bench.store):
             view = await bench.ended(job_id)
         assert view.error is not None
@@ -648,21 +663,24 @@ async def test_a_pause_takes_effect_at_the_next_recorded_point(redis: RedisProce
     """A paused job gives its slot back, and goes on where it was."""
     from streamjobs.testing import ScriptedCall
 
-    app = App(builtin_tools=False)
+    app, may_end = App(builtin_tools=False), asyncio.Event()
 
     @app.tool
     async def brief() -> str:
         """Take a moment."""
-        await asyncio.sleep(0.3)
+        await may_end.wait()
         return "done"
 
     scenario = Scenario(
         turns=[Turn(text="One. ", tool_calls=[ScriptedCall(name="brief")]), Turn(text="Two.")]
     )
-    async with talking(redis.url, scenario, app) as bench:
+    async with lab(redis.url, scenario) as bench, working(bench.store, app) as worker:
         job_id = await bench.chat(tools=["brief"])
         await bench.until(job_id, "tool.started")
         assert await bench.store.jobs.pause(job_id, by="ann") == "requested"
+        (execution,) = worker._executions.values()
+        await wait_until(lambda: execution.journal.asked == "pause", what="the worker's hearing of it")
+        may_end.set()
         await bench.until(job_id, "job.paused")
         assert await bench.status(job_id) == "paused"
         assert await bench.store.jobs.resume(job_id) == "resumed"

@@ -13,6 +13,7 @@ from streamjobs.faults import PROJECTOR_POINTS
 from streamjobs.store import Store
 from streamjobs.store.doctor import Doctor
 from tests.conftest import RedisProcess, fast_settings, wait_until
+from tests.harness import is_stopped
 from tests.projections.bench import Floor, caught_up, projecting, projector_process, right_index, shown_index
 from tests.projections.test_runner import same_as_rebuilt
 
@@ -55,7 +56,7 @@ async def test_killed_there_nothing_is_lost_or_counted_twice(store: Store, point
             await asyncio.sleep(0.05)
         assert victim.returncode == -signal.SIGKILL
     with projector_process(store.settings):
-        await wait_until(lambda: caught_up(store), 30)
+        await wait_until(lambda: caught_up(store), 60)
     await is_right(store)
 
 
@@ -64,12 +65,12 @@ async def test_paused_for_the_length_of_a_job_it_goes_on(store: Store):
     floor = Floor(store)
     with projector_process(store.settings) as paused:
         await floor.submit()
-        await wait_until(lambda: caught_up(store), 20)
+        await wait_until(lambda: caught_up(store), 60)
         paused.send_signal(signal.SIGSTOP)
         await busy(floor)
         assert (await store.stats.totals())["work", "default"]["submitted"] == 1
         paused.send_signal(signal.SIGCONT)
-        await wait_until(lambda: caught_up(store), 20)
+        await wait_until(lambda: caught_up(store), 60)
     await is_right(store)
 
 
@@ -78,13 +79,14 @@ async def test_paused_with_notes_in_hand_it_is_late_and_harmless(store: Store):
     floor = Floor(store)
     await busy(floor)
     with projector_process(store.settings, fault="after_notes_read:1:stop") as paused:
+        await wait_until(lambda: is_stopped(paused.pid), what="the stop, with notes in hand")
         async with projecting(store):
-            await wait_until(lambda: caught_up(store), 30)
+            await wait_until(lambda: caught_up(store), 60)
             await busy(floor)
-            await wait_until(lambda: caught_up(store), 30)
+            await wait_until(lambda: caught_up(store), 60)
             paused.send_signal(signal.SIGCONT)
             await busy(floor)
-            await wait_until(lambda: caught_up(store), 30)
+            await wait_until(lambda: caught_up(store), 60)
     await is_right(store)
 
 
@@ -93,9 +95,9 @@ async def test_sigterm_drains(store: Store):
     floor = Floor(store)
     with projector_process(store.settings) as projector:
         await busy(floor)
-        await wait_until(lambda: caught_up(store), 20)
+        await wait_until(lambda: caught_up(store), 60)
         projector.send_signal(signal.SIGTERM)
-        await wait_until(lambda: projector.poll() is not None, 20)
+        await wait_until(lambda: projector.poll() is not None, 60.0)
         assert projector.returncode == 0
     for name in ("index", "stats"):
         assert await store.client.xinfo_consumers("sj:{0}:feed", name) == []
@@ -124,7 +126,7 @@ async def test_redis_killed_in_the_middle(own_redis: RedisProcess, own_store: St
                     await floor.submit()
                 own_redis.start()
                 await busy(floor)
-                await wait_until(lambda: caught_up(own_store), 30)
+                await wait_until(lambda: caught_up(own_store), 60)
             assert projector.poll() is None
     assert sum(info.quarantined for info in await own_store.feed.all()) == 0
     await is_right(own_store)
