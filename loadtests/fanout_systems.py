@@ -6,6 +6,7 @@ Each system is started for one measurement, says where viewers come in, and how 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import tempfile
 import urllib.request
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from loadtests.peers import nchan, node, xread_stream
+from loadtests.peers import nchan, node
 from loadtests.processes import ROOT, Child, python, run_to_end, running
 from loadtests.redis_server import Server, free_port, wait_for_port
 from loadtests.streamjobs_peer import settings_env
@@ -117,10 +118,14 @@ class XreadEach(FanoutSystem):
     name = "sse-starlette, XREAD each"
     described = "uvicorn, one process; each viewer blocks in an XREAD of its own; each token XADDed"
 
+    def missing(self) -> str | None:
+        is_here = importlib.util.find_spec("sse_starlette") is not None
+        return None if is_here else "sse-starlette is not installed"
+
     @contextlib.contextmanager
     def stage(self, server: Server, tokens: int, rate: float) -> Iterator[Stage]:
         port, env = free_port(), {"LOADTEST_REDIS_URL": server.url}
-        with running("sse-starlette", python("-m", xread_stream.__name__, str(port)), env) as child:
+        with running("sse-starlette", python("-m", "loadtests.peers.xread_stream", str(port)), env) as child:
             wait_for_port(port, child)
             yield Stage(child, port, f"/{STREAM}", ["stream", STREAM], env)
 
