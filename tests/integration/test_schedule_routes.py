@@ -184,7 +184,7 @@ async def test_the_gateway_makes_the_ticks(served: Served):
     async def has_run() -> bool:
         return (await ask(served, "GET", f"/{record['id']}")).json()["runs"] >= 2
 
-    await wait_until(has_run, 15, "two ticks")
+    await wait_until(has_run, 60, "two ticks")
     await ask(served, "DELETE", f"/{record['id']}")
 
 
