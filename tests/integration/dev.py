@@ -32,5 +32,5 @@ def running_dev(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[st
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        process.wait(40)
+        process.wait(90)
         process.stderr.close()

@@ -17,7 +17,7 @@ from tests.integration.dev import ENVIRONMENT, running_dev
 def streamjobs(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "streamjobs", *words],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=50, check=False,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_sigterm_ends_dev_in_order(tmp_path: Path) -> None:
     with running_dev(tmp_path) as (process, url):
         assert streamjobs("submit", "--url", url, "--prompt", "Hi").returncode == 0
         process.send_signal(signal.SIGTERM)
-        assert process.wait(40) == 0
+        assert process.wait(90) == 0
     assert not (tmp_path / "redis.sock").exists() or not _answers(tmp_path / "redis.sock")
 
 

@@ -271,7 +271,7 @@ async def test_a_server_that_was_left_behind_gives_way(tmp_path: Path):
         await wait_until(lambda: embedded._answers(sock))  # pyright: ignore[reportPrivateUsage]
         async with embedded_redis(tmp_path, binary=redis_binary()) as server:
             assert await answers(server)
-            assert await asyncio.to_thread(orphan.wait, 10) == 0
+            assert await asyncio.to_thread(orphan.wait, 60) == 0
     finally:
         orphan.kill()
         orphan.wait()
@@ -290,7 +290,7 @@ async def test_a_killed_process_takes_the_fake_with_it(tmp_path: Path):
     with fake:
         assert int(await asyncio.to_thread(fake.stdout.readline)) > 0
         fake.stdin.close()
-        assert await asyncio.to_thread(fake.wait, 10) == 0
+        assert await asyncio.to_thread(fake.wait, 60) == 0
 
 
 @pytest.mark.parametrize("name", ["with space", "ünïcode", "100%", "a?b#c", "x" * 120])

@@ -393,7 +393,7 @@ async def test_a_viewer_that_leaves_is_freed(served: Served):
     async with served.stream(script.id) as stream:
         await anext(stream)
         assert (served.gateway.hub.channels, served.gateway.hub.viewers) == (1, 1)
-    await wait_until(lambda: served.gateway.hub.viewers == 0, timeout=2)
+    await wait_until(lambda: served.gateway.hub.viewers == 0)
     assert served.gateway.hub.channels == 0
     assert served.gateway.hub.snapshots.held == 0
     await wait_until(lambda: served.store.live.channels == 0)
@@ -419,14 +419,14 @@ async def test_the_head_of_a_stream_is_sent_at_once(served: Served):
     cursor = (await script.log())[-1][0]
     async with served.stream(script.id, cursor) as stream:
         reading = asyncio.create_task(anext(stream))
-        await wait_until(lambda: stream.beats == 1, timeout=2)
+        await wait_until(lambda: stream.beats == 1, timeout=12.0)
         await script.complete()
         assert (await reading).event == "job.completed"
 
 
 async def test_many_events_are_few_writes(redis: RedisProcess):
     """The tick makes a thousand viewers affordable; the first event after a pause does not wait for it."""
-    async with serving(redis.url, flush_interval=0.5) as served:
+    async with serving(redis.url, flush_interval=2.0) as served:
         script = await served.script()
         await script.open_turn()
         async with served.stream(script.id) as stream:
@@ -435,18 +435,18 @@ async def test_many_events_are_few_writes(redis: RedisProcess):
             began = loop.time()
             await script.say("first")
             await anext(stream)
-            assert loop.time() - began < 0.3
-            for n in range(50):
-                await script.say(str(n))
+            assert loop.time() - began < 1.5
+            for _ in range(10):
+                await script.say(*"words")
             await anext(stream)
-            assert loop.time() - began > 0.4
+            assert loop.time() - began > 1.8
             assert stream._buffer.count("event: text.delta") == 49
         await script.complete()
 
 
 async def test_an_old_connection_is_handed_over(redis: RedisProcess):
     """So that revoked access ends and load spreads; the client comes back by its cursor."""
-    async with serving(redis.url, max_connection_age=0.2) as served:
+    async with serving(redis.url, max_connection_age=1.5) as served:
         script = await served.script()
         frames = await served.transcript(script.id)
         assert [frame.event for frame in frames] == ["snapshot", "handover"]
@@ -477,7 +477,7 @@ async def test_a_drain_spreads_the_ends(served: Served):
         assert frames[-1].json == {"reason": "drain"}
         assert 500 <= (frames[-1].retry or 0) <= 5000
     assert max(ends) - min(ends) > 0.3
-    assert max(ends) - began < 1.5
+    assert max(ends) - began < 10
     assert served.gateway.hub.channels == 0
 
 
@@ -572,7 +572,7 @@ async def test_a_viewer_that_reads_slowly_falls_out_of_the_ring_and_loses_nothin
 
 
 async def test_streams_stay_open_while_redis_hangs_and_go_on(own_redis: RedisProcess):
-    async with serving(own_redis.tcp_url, redis_timeout=0.3, heartbeat_interval=0.1) as served:
+    async with serving(own_redis.tcp_url, redis_timeout=1.0, heartbeat_interval=0.1) as served:
         script = await served.script()
         await script.open_turn()
         async with served.stream(script.id) as stream:
@@ -606,7 +606,7 @@ async def say_patiently(store: Store, script: Script, text: str) -> None:
 async def test_streams_survive_a_restart_of_redis(own_redis: RedisProcess):
     """What was written while the subscription was away is read from the log."""
     async with serving(
-        own_redis.url, redis_timeout=0.3, heartbeat_interval=0.1, position_interval=600.0
+        own_redis.url, redis_timeout=1.0, heartbeat_interval=0.1, position_interval=600.0
     ) as served:
         script = await served.script()
         await script.open_turn()
@@ -627,7 +627,7 @@ async def test_streams_survive_a_restart_of_redis(own_redis: RedisProcess):
 
 async def test_a_stream_opens_while_redis_is_away(own_redis: RedisProcess):
     """A 503 would make a browser give up for good."""
-    async with serving(own_redis.url, redis_timeout=0.3, heartbeat_interval=0.1) as served:
+    async with serving(own_redis.url, redis_timeout=1.0, heartbeat_interval=0.1) as served:
         script = await served.script()
         own_redis.kill()
         async with served.stream(script.id) as stream:
@@ -639,7 +639,7 @@ async def test_a_stream_opens_while_redis_is_away(own_redis: RedisProcess):
 
 
 async def test_a_stream_of_no_job_that_opened_in_an_outage_is_told(own_redis: RedisProcess):
-    async with serving(own_redis.url, redis_timeout=0.3) as served:
+    async with serving(own_redis.url, redis_timeout=1.0) as served:
         own_redis.kill()
         async with served.stream("j0-" + "a" * 26) as stream:
             own_redis.start()
@@ -649,7 +649,7 @@ async def test_a_stream_of_no_job_that_opened_in_an_outage_is_told(own_redis: Re
 
 
 async def test_a_job_without_a_shape_is_not_found_in_an_outage_too(own_redis: RedisProcess):
-    async with serving(own_redis.url, redis_timeout=0.3) as served:
+    async with serving(own_redis.url, redis_timeout=1.0) as served:
         own_redis.kill()
         assert (await served.client.get(served.events_url("nonsense"))).status_code == 404
         own_redis.start()
@@ -774,7 +774,7 @@ async def test_what_comes_between_the_subscription_and_the_position_is_not_lost(
             await script.complete()
             # a connection lost just now loses the message, too: then the gap is filled from the log
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(20):
                     await held.wait()
         return record
 
@@ -784,7 +784,7 @@ async def test_what_comes_between_the_subscription_and_the_position_is_not_lost(
 
 
 async def test_disconnecting_while_redis_is_away_frees_everything(own_redis: RedisProcess):
-    async with serving(own_redis.url, redis_timeout=0.3) as served:
+    async with serving(own_redis.url, redis_timeout=1.0) as served:
         script = await served.script()
         own_redis.kill()
         with pytest.raises(httpx.ReadTimeout):

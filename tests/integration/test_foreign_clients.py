@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -76,16 +78,27 @@ NPM = NODE.parent.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 
 @pytest.fixture(scope="session")
 def eventsource() -> Path:
-    """The npm package, installed once; the folder in which scripts find it."""
+    """The npm package, installed once, and our script where it finds it; the folder of both.
+
+    Processes of one run share the folder: one installs, the others wait for it.
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if not (FOLDER / "node_modules" / "eventsource").exists():
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        install()
+        if not (FOLDER / SCRIPT.name).exists() or (FOLDER / SCRIPT.name).read_bytes() != SCRIPT.read_bytes():
+            shutil.copy(SCRIPT, FOLDER)
+    return FOLDER
+
+
+def install() -> None:
+    if not (FOLDER / "node_modules" / ".package-lock.json").exists():  # npm writes it when it is done
         (FOLDER / "package.json").write_text('{"private": true, "type": "module"}')
         done = subprocess.run(
             [NODE, NPM, "install", "--no-audit", "--no-fund", "--ignore-scripts", PACKAGE],
             cwd=FOLDER, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"npm cannot install {PACKAGE}: {done.stderr[-300:]}"
-    return FOLDER
 
 
 class NodeViewer:
@@ -120,9 +133,8 @@ class NodeViewer:
 
 @asynccontextmanager
 async def node_viewer(folder: Path, url: str) -> AsyncIterator[NodeViewer]:
-    script = folder / SCRIPT.name
-    script.write_text(SCRIPT.read_text())
-    process = await asyncio.create_subprocess_exec(NODE, script, url, *NAMES, stdout=asyncio.subprocess.PIPE)
+    command = (NODE, folder / SCRIPT.name, url, *NAMES)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         yield NodeViewer(process)
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from streamjobs.cli import options
 from streamjobs.cli.main import cli
 from streamjobs.client import Client
 from streamjobs.client.client import GatewayError
@@ -19,6 +20,12 @@ from tests.conftest import RedisProcess
 from tests.integration.gateway import Served, serving
 
 HOOK = "https://hooks.example/in"
+
+
+@pytest.fixture(autouse=True)
+def plain_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands tune the garbage collection of their process; this one is not theirs."""
+    monkeypatch.setattr(options, "run", asyncio.run)
 
 
 @pytest.fixture

@@ -255,10 +255,10 @@ async def test_the_feed_is_bounded_and_so_is_what_is_unread(redis: RedisProcess)
 
 async def test_old_notices_leave_with_the_next_new_one(redis: RedisProcess):
     """A feed that is in use would keep things for ever."""
-    store = await Store.open(fast_settings(redis.url, notice_ttl=0.05))
+    store = await Store.open(fast_settings(redis.url, notice_ttl=2.0))
     notify = NotifyProjection(store)
     await filed(store, notify, 1)
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(2.1)
     assert len(await filed(store, notify, 1)) == 1
     assert await store.notices.unread("anonymous") == 1
     await store.aclose()

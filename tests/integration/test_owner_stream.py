@@ -40,7 +40,7 @@ async def until(stream: Stream, *ends: tuple[str, str]) -> list[Frame]:
     """Frames until each of these (job, type) was seen."""
     frames: list[Frame] = []
     missing = set(ends)
-    async with asyncio.timeout(15.0):
+    async with asyncio.timeout(60.0):
         async for frame in stream:
             frames.append(frame)
             if frame.event not in {"ready", "reset", "error"}:

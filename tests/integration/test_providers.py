@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import socket
 import time
@@ -118,10 +117,9 @@ async def test_text_reasoning_and_usage_arrive(kind: str) -> None:
 
 async def test_text_arrives_while_it_is_said(kind: str) -> None:
     """Buffered on the way, tokens would come all at once, at the end."""
-    async with scripted(Scenario(turns=[Turn(text=["a", "b", "c"], rate=10)])) as (_, providers):
+    async with scripted(Scenario(turns=[Turn(text=["a", "b", "c"], rate=2)])) as (_, providers):
         times = [time.monotonic() async for _ in stream(providers, kind)]
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert min(gaps[:2]) > 0.05
+    assert times[2] - times[0] > 0.2, "a second, if nothing stood still meanwhile"
 
 
 async def test_a_whole_tool_loop(kind: str) -> None:
@@ -161,11 +159,15 @@ async def test_broken_arguments_reach_the_tool_layer_as_they_are(kind: str) -> N
 
 async def test_hundreds_of_streams_at_once(kind: str) -> None:
     """One worker holds hundreds of calls; a limit on connections would queue them in silence."""
+    async with scripted(failing(StallFault(seconds=90, after=1), text=["x"] * 20)) as (server, providers):
+        asking = [asyncio.create_task(ask(providers, kind)) for _ in range(150)]
+        await wait_until(lambda: server.open_streams == 150, what="all streams at once")
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
     async with scripted(Scenario(turns=[Turn(text=["x"] * 20, rate=40)])) as (_, providers):
-        started = time.monotonic()
         answers = await asyncio.gather(*(ask(providers, kind) for _ in range(150)))
     assert {answer.text for answer in answers} == {"x" * 20}
-    assert time.monotonic() - started < 5
 
 
 async def test_connections_are_used_again(kind: str) -> None:
@@ -176,10 +178,13 @@ async def test_connections_are_used_again(kind: str) -> None:
         assert server.connections == 1
 
 
-async def test_a_response_that_ends_late_keeps_its_connection_and_holds_nobody_up() -> None:
+async def test_a_response_that_ends_late_keeps_its_connection_and_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The end of a body often comes a moment after `[DONE]`; closing before it costs a handshake a turn."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-    pauses, connections = [0.02, 0.02, 30.0], 0
+    monkeypatch.setattr("streamjobs.llm.http._DRAIN_TIMEOUT", 1.5)
+    pauses, connections = [0.02, 0.02, 60.0], 0
     asked, closed = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -201,7 +206,7 @@ async def test_a_response_that_ends_late_keeps_its_connection_and_holds_nobody_u
         started = time.monotonic()
         for _ in range(3):
             await ask(providers, "openai")
-        assert (connections, time.monotonic() - started < 2) == (1, True)
+        assert (connections, time.monotonic() - started < 30) == (1, True)
         await providers.aclose()
         asked.set()
         await closed.wait()
@@ -280,7 +285,7 @@ async def test_retry_after_is_honoured_in_each_form(kind: str, form: Any, wish: 
     async with scripted(failing(fault), provider_max_retry_after=0.3) as (_, providers):
         started = time.monotonic()
         await ask(providers, kind)
-    assert 0.29 <= time.monotonic() - started < 1.5
+    assert 0.29 <= time.monotonic() - started < 20
 
 
 async def test_the_wish_of_the_provider_is_on_the_error(kind: str) -> None:
@@ -293,13 +298,15 @@ async def test_the_wish_of_the_provider_is_on_the_error(kind: str) -> None:
 
 async def test_a_refused_connection_is_retryable_and_names_no_secret(kind: str) -> None:
     """A provider that restarts is the most common fault of a local model server."""
-    async with scripted(failing()) as (server, providers):
-        pass
-    providers = Providers(settings_for(server, provider_attempts=2))
-    try:
-        error, _ = await fails(providers, kind)
-    finally:
-        await providers.aclose()
+    with socket.socket() as nobody:  # a port that is taken, and on which nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        server = ScriptedProvider()
+        server.url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        providers = Providers(settings_for(server, provider_attempts=2))
+        try:
+            error, _ = await fails(providers, kind)
+        finally:
+            await providers.aclose()
     assert error.is_retryable and "refused" in str(error)
 
 
@@ -309,12 +316,12 @@ async def test_a_refused_connection_is_retryable_and_names_no_secret(kind: str) 
 async def test_silence_before_the_first_data_ends(kind: str) -> None:
     """A provider that accepts and says nothing would hold a worker's place for ever."""
     started = time.monotonic()
-    async with scripted(failing(DelayFault(seconds=30, times=1)), provider_first_byte_timeout=0.2) as (
+    async with scripted(failing(DelayFault(seconds=90, times=1)), provider_first_byte_timeout=1.0) as (
         _,
         providers,
     ):
         assert (await ask(providers, kind)).text == TEXT
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 45
 
 
 async def test_comments_are_no_first_data(kind: str) -> None:
@@ -329,20 +336,20 @@ async def test_comments_are_no_first_data(kind: str) -> None:
 @pytest.mark.parametrize("comments", [False, True])
 async def test_silence_in_the_middle_ends(kind: str, comments: bool) -> None:
     """DeepSeek is known to stall on an open socket, with keep-alive comments, for ever."""
-    async with scripted(failing(StallFault(seconds=30, comments=comments)), provider_idle_timeout=0.25) as (
+    async with scripted(failing(StallFault(seconds=90, comments=comments)), provider_idle_timeout=0.8) as (
         server,
         providers,
     ):
         started = time.monotonic()
         error, pieces = await fails(providers, kind)
-        assert 0.2 < time.monotonic() - started < 3
-        assert error.is_retryable and "no more data within 0.25 s" in str(error) and pieces
+        assert 0.7 < time.monotonic() - started < 45
+        assert error.is_retryable and "no more data within 0.8 s" in str(error) and pieces
         await wait_until(lambda: server.closed_early == 1)
 
 
 async def test_an_endless_answer_ends_for_good(kind: str) -> None:
     """Tried again, it would be as endless; without a bound it would cost money until somebody looks."""
-    async with scripted(failing(EndlessFault(), rate=100), provider_total_timeout=0.4) as (server, providers):
+    async with scripted(failing(EndlessFault(), rate=100), provider_total_timeout=1.5) as (server, providers):
         error, pieces = await fails(providers, kind)
         assert not error.is_retryable and len(pieces) > 10 and "no end" in str(error)
         await wait_until(lambda: server.closed_early == 1)
@@ -354,24 +361,24 @@ async def test_an_endless_answer_ends_for_good(kind: str) -> None:
 
 async def test_a_slow_reader_is_not_a_silent_provider(kind: str) -> None:
     """While Redis is slow we stop reading; the provider must not be blamed for it."""
-    async with scripted(Scenario(turns=[Turn(text=["a", "b"], rate=50)]), provider_idle_timeout=0.15) as (
+    async with scripted(Scenario(turns=[Turn(text=["a", "b"], rate=50)]), provider_idle_timeout=0.6) as (
         _,
         providers,
     ):
         pieces = []
         async for piece in stream(providers, kind):
             pieces.append(piece)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.8 if isinstance(piece, TextPiece) else 0)
     assert pieces[-1].text == "ab"
 
 
 async def test_retries_stay_within_the_total(kind: str) -> None:
     """Otherwise four tries with long pauses outlast the job's lease on its user's patience."""
-    fault = StatusFault(status=503, retry_after=10)
-    async with scripted(failing(fault), provider_total_timeout=0.5) as (server, providers):
+    fault = StatusFault(status=503, retry_after=50)
+    async with scripted(failing(fault), provider_total_timeout=20.0) as (server, providers):
         started = time.monotonic()
         error, _ = await fails(providers, kind)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 20
         assert error.is_retryable and len(server.requests) == 1
 
 
@@ -390,7 +397,7 @@ async def test_a_server_that_does_not_accept_ends_by_the_connect_clock() -> None
             changes = {
                 "provider_connect_timeout": 0.2,
                 "provider_attempts": 1,
-                "provider_first_byte_timeout": 30.0,
+                "provider_first_byte_timeout": 90.0,
             }
             providers = Providers(Settings(openai_base_url=url, **changes))
             started = time.monotonic()
@@ -399,7 +406,7 @@ async def test_a_server_that_does_not_accept_ends_by_the_connect_clock() -> None
         finally:
             for other in others:
                 other.close()
-    assert error.is_retryable and time.monotonic() - started < 5
+    assert error.is_retryable and time.monotonic() - started < 45
 
 
 # --- early ends --------------------------------------------------------------------------------------
@@ -412,12 +419,14 @@ async def _close(generator: Any) -> None:
 
 
 async def _cancel(generator: Any) -> None:
+    seen: list[Any] = []
+
     async def read() -> None:
-        async for _ in generator:
-            pass
+        async for piece in generator:
+            seen.append(piece)
 
     task = asyncio.create_task(read())
-    await asyncio.sleep(0.1)
+    await wait_until(lambda: len(seen) >= 2, what="the first pieces of an answer")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -433,7 +442,7 @@ async def test_the_provider_sees_at_once_that_we_left(
         await leave(stream(providers, kind))
         left = time.monotonic()
         await wait_until(lambda: server.closed_early == 1)
-        assert time.monotonic() - left < 1
+        assert time.monotonic() - left < 20
         assert server.open_streams == 0
 
 

@@ -12,8 +12,11 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from click.testing import CliRunner
 
 from streamjobs.app import App
+from streamjobs.cli import options
+from streamjobs.cli.main import cli
 from streamjobs.client import Client, GatewayError
 from tests.conftest import RedisProcess, wait_until
 from tests.integration.gateway import Served, serving
@@ -184,7 +187,7 @@ async def test_the_gateway_makes_the_ticks(served: Served):
     async def has_run() -> bool:
         return (await ask(served, "GET", f"/{record['id']}")).json()["runs"] >= 2
 
-    await wait_until(has_run, 15, "two ticks")
+    await wait_until(has_run, 60, "two ticks")
     await ask(served, "DELETE", f"/{record['id']}")
 
 
@@ -210,19 +213,31 @@ async def test_the_client(served: Served):
 
 
 @pytest.fixture
-def shell(served: Served) -> Any:
-    """`streamjobs schedules …` against the gateway; its output, or with `fails` its error."""
+def shell(served: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`streamjobs schedules …` against the gateway; its output, or with `fails` its error.
+
+    What succeeds runs in this process: a new one for each command would take a busy machine a minute.
+    """
+    monkeypatch.setattr(options, "run", asyncio.run)  # which leaves this process's garbage collection alone
 
     async def run(*words: str, fails: bool = False, stdin: str = "") -> str:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "streamjobs", "schedules", *words, "--url", served.url,
-            stdin=PIPE, stdout=PIPE, stderr=PIPE,
-        )  # fmt: skip
-        output, errors = await process.communicate(stdin.encode())
-        assert (process.returncode != 0) == fails, (output, errors)
-        return (errors if fails else output).decode()
+        args = ["schedules", *words, "--url", served.url]
+        if fails:
+            return await refused(args)
+        result = await asyncio.to_thread(CliRunner().invoke, cli, args, input=stdin, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines(keepends=True)
+        return "".join(line for line in lines if "[debug " not in line)  # the gateway's, in this process
 
     return run
+
+
+async def refused(args: list[str]) -> str:
+    """What the program says at its end, in a process of its own."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "streamjobs", *args, stderr=PIPE)
+    _, errors = await process.communicate()
+    assert process.returncode != 0, errors
+    return errors.decode()
 
 
 async def test_a_day_at_the_command_line(served: Served, shell: Any):

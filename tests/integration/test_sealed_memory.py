@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Coroutine
@@ -22,7 +21,7 @@ from streamjobs import events as ev
 from streamjobs.config import Settings
 from streamjobs.projections.snapshot import SnapshotProjection
 from streamjobs.store import Batch, Store, Submission, keys
-from tests.conftest import RedisProcess, fast_settings, wait_until
+from tests.conftest import RedisProcess, fast_settings, free_port, wait_until
 from tests.harness import ROOT, environment
 
 DELTAS = 100_000
@@ -76,13 +75,11 @@ async def held(store: Store, job_id: str) -> int:
 @contextlib.asynccontextmanager
 async def gateway_process(settings: Settings) -> AsyncIterator[tuple[int, int]]:
     """A gateway as `streamjobs serve` starts it: its pid and port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "streamjobs", "serve", "--port", str(port)]
     process = subprocess.Popen(command, env=environment(settings), cwd=ROOT)
     try:
-        await wait_until(lambda: answers(port), 20.0, "the gateway")
+        await wait_until(lambda: answers(port), 60.0, "the gateway")
         yield process.pid, port
     finally:
         process.terminate()

@@ -324,7 +324,7 @@ async def test_prefer_wait_asks_for_no_more_than_is_allowed(redis: RedisProcess)
 
 
 async def test_without_redis_a_submission_is_asked_to_come_again(own_redis: RedisProcess):
-    async with serving(own_redis.url, redis_timeout=0.2) as served:
+    async with serving(own_redis.url, redis_timeout=1.0) as served:
         own_redis.kill()
         answer = await submit(served)
         assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
