@@ -155,7 +155,7 @@ FRAMES_SENT = Counter("streamjobs_frames_sent", "Event frames handed to viewers"
 STREAM_BYTES = Counter("streamjobs_stream_bytes", "Bytes handed to viewers", registry=REGISTRY)
 STREAMS_OPENED = Counter(
     "streamjobs_streams_opened",
-    "Streams by how they began: snapshot, replay, resumed, reset, archived",
+    "Streams by how they began: snapshot, replay, resumed, reset, archived; or were refused",
     ["began"],
     registry=REGISTRY,
 )
@@ -164,6 +164,16 @@ STREAMS_CLOSED = Counter(
     "Streams by why they ended: ended, gone, slow, age, drain, error; subscriptions also unsubscribed, flood",
     ["why"],
     registry=REGISTRY,
+)
+DELIVERY_SECONDS = Histogram(
+    "streamjobs_delivery_seconds",
+    "From an event's `ts` to when the sockets of those who watch had it; the oldest of each flush",
+    buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+    registry=REGISTRY,
+)
+DEGRADED = Gauge("streamjobs_degraded", "Whether Redis is not heard or not read now", registry=REGISTRY)
+DEGRADED_SECONDS = Counter(
+    "streamjobs_degraded_seconds", "Time in which Redis was not heard or not read", registry=REGISTRY
 )
 GAP_FILLS = Counter(
     "streamjobs_gap_fills",

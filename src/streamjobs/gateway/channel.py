@@ -126,6 +126,11 @@ class Channel:
         return self._tail
 
     @property
+    def is_degraded(self) -> bool:
+        """Whether the gateway does not hear or read Redis."""
+        return self._hub.health.is_degraded
+
+    @property
     def is_followed(self) -> bool:
         """Whether its position is worth comparing with the log's."""
         return self.is_ready and self._reader is None and self._ended_at is None
@@ -265,10 +270,12 @@ class Channel:
         self._next_flush = self._loop.time() + self._hub.settings.flush_interval
         for entry in self._pending:
             self.ring.push(entry.cursor, event_frame(entry))
-        self._pending.clear()
+        news, self._pending = self._pending, []
         self.ring.settle()
         self.end = self._ended_at
         self.wake()
+        if news:
+            self._hub.health.observe(news[0].data)
 
     def wake(self) -> None:
         """Let every watcher look again."""

@@ -31,10 +31,11 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamjobs import metrics
 from streamjobs.archive import line_of
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
-from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable
+from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable, StreamjobsError
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
@@ -78,7 +79,11 @@ class Events:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the form that `Accept` asks for."""
-        asked = _asked(scope, self._hub.settings)
+        try:
+            asked = _asked(scope, self._hub.settings)
+        except StreamjobsError:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
         if asked.form == "application/x-ndjson":
             await self._ndjson(asked, send)
         elif asked.form == "application/json":
@@ -92,7 +97,7 @@ class Events:
         try:
             record, end = await look_up(self._hub, asked.job_id)
         except JobNotFound:
-            await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+            await self._from_archive(asked, scope, receive, send)
             return
         if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
@@ -105,6 +110,13 @@ class Events:
             return
         viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
         await run(self._hub, viewer, coding, scope, receive, send)
+
+    async def _from_archive(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+        except JobNotFound:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
 
     def _coding(self, asked: _Asked, record: JobRecord | None) -> Coding:
         """zstd where the client takes it and the stream begins with a view that is worth it."""

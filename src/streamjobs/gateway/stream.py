@@ -17,6 +17,7 @@ from typing import Protocol
 
 from streamjobs import metrics
 from streamjobs.config import Settings
+from streamjobs.gateway import sse
 from streamjobs.gateway.coding import PLAIN, Bytes, Coding, Piece
 
 
@@ -101,6 +102,11 @@ class Stream:
         self._leaving = self._leaving or why
         self.nudge()
 
+    def remind(self) -> None:
+        """Have a heartbeat sent now."""
+        self._sent_at = 0.0
+        self.nudge()
+
     def lose(self) -> None:
         """The client is gone."""
         self.ended = self.ended or "gone"
@@ -176,6 +182,12 @@ class EventStream(Stream):
     @abstractmethod
     def take(self) -> tuple[Piece, ...]:
         """What is due now, in pieces; none where nothing is. `ended` is set once nothing comes after them."""
+
+    def heartbeat(self, is_degraded: bool) -> tuple[Piece, ...]:
+        """A comment, if one is due."""
+        if self.ended or not self.is_heartbeat_due:
+            return ()
+        return (sse.DEGRADED if is_degraded else sse.HEARTBEAT,)
 
     async def run(self, wire: Wire, coding: Coding) -> None:
         """Write what is due until the stream is over; what ends the coding is left to the caller."""
