@@ -24,6 +24,7 @@ LAYERS = [
     {"inputs"},
     {"tool"},
     {"agent", "builtin", "workflow"},
+    {"canary"},
     {"app"},
     {"worker", "projections"},
     {"gateway"},

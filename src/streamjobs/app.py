@@ -21,6 +21,8 @@ from typing import Any, TypeVar, overload
 import msgspec
 
 from streamjobs.agent import Agent, AgentFunction
+from streamjobs.canary import CANARY
+from streamjobs.canary import WORKFLOW as CANARY_WORKFLOW
 from streamjobs.config import Settings
 from streamjobs.cron import Timing
 from streamjobs.errors import ConfigError, UnknownAgent, UnknownKind, UnknownTool
@@ -282,7 +284,7 @@ class App:
         """
 
         def register(function: Function) -> Function:
-            _require_new("workflow", kind, self.kinds, NAME)
+            _require_new("workflow", kind, (*self.kinds, CANARY), NAME)
             self._workflows[kind] = Workflow.of(
                 kind,
                 function,
@@ -297,9 +299,11 @@ class App:
         return register
 
     def find_workflow(self, kind: str) -> Workflow:
-        """The program's own workflow of that kind. Raises `UnknownKind`."""
+        """The workflow of that kind: the program's own, or the canary's. Raises `UnknownKind`."""
         if kind in self._workflows:
             return self._workflows[kind]
+        if kind == CANARY:
+            return CANARY_WORKFLOW
         raise UnknownKind(_unknown("kind", kind, self.kinds))
 
     def run_inline(

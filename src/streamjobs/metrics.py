@@ -188,6 +188,29 @@ RING_MISSES = Counter(
     "streamjobs_ring_misses", "Times a viewer had to read from the log what the ring no longer held",
     registry=REGISTRY,
 )  # fmt: skip
+CANARY_RUNS = Counter(
+    "streamjobs_canary_runs",
+    "Runs of this canary: ok, unreachable, refused, timeout, hole, repeat, content, failed",
+    ["outcome"],
+    registry=REGISTRY,
+)
+CANARY_FIRST_SECONDS = Histogram(
+    "streamjobs_canary_first_event_seconds",
+    "From submitting to the first event",
+    buckets=_FAST,
+    registry=REGISTRY,
+)
+CANARY_WHOLE_SECONDS = Histogram(
+    "streamjobs_canary_run_seconds", "From submitting to the end", buckets=_SLOW, registry=REGISTRY
+)
+CANARY_LATE_SECONDS = Histogram(
+    "streamjobs_canary_late_seconds", "How much later than the quickest one of its run an event came",
+    buckets=_FAST, registry=REGISTRY,
+)  # fmt: skip
+CANARY_LAST_OK = Gauge(
+    "streamjobs_canary_last_ok_timestamp_seconds", "When a run last was well", multiprocess_mode="livemax",
+    registry=REGISTRY,
+)  # fmt: skip
 HTTP_REQUESTS = Counter(
     "streamjobs_http_requests", "Answers by route template and status", ["route", "status"], registry=REGISTRY
 )

@@ -31,8 +31,8 @@ from streamjobs.errors import StreamjobsError
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = [
-    "approve", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "export", "list",
-    "log", "notifications", "pause", "projections", "projector", "provider", "queues", "rerun", "result",
+    "approve", "canary", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "export",
+    "list", "log", "notifications", "pause", "projections", "projector", "provider", "queues", "rerun", "result",
     "resume", "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit", "unstrike",
     "watch", "webhooks", "worker", "workers",
 ]  # fmt: skip

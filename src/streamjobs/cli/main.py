@@ -12,6 +12,7 @@ import sys
 import click
 
 from streamjobs.cli import control, look, operate
+from streamjobs.cli.canary import canary
 from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.export import export
@@ -46,8 +47,8 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 for command in (
-    dev, demo, serve, gateway_process, worker, projector, provider, doctor, schedules, projections, stats,
-    notifications, webhooks,
+    dev, demo, serve, gateway_process, worker, projector, provider, doctor, canary,
+    schedules, projections, stats, notifications, webhooks,
     submit, watch, status, cancel, export,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,
