@@ -111,7 +111,8 @@ class Protocol(HttpToolsProtocol):
 
     def write(self, portion: bytes | memoryview) -> bool:
         """Write a chunk of an answer whose head is out; see `Wire`."""
-        self.transport.writelines((b"%x\r\n" % len(portion), portion, b"\r\n"))
+        if portion:  # an empty chunk would be the answer's end
+            self.transport.writelines((b"%x\r\n" % len(portion), portion, b"\r\n"))
         return not self.flow.write_paused
 
     async def drain(self) -> None:
