@@ -11,12 +11,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests import cancel, jobs, join, redis_server, retained, steps, tokens
+from loadtests import cancel, fanout, idle, jobs, join, many, reconnect, redis_server, retained, steps, tokens
 from loadtests.bench import Bench, Scenario
 from loadtests.measure import describe_machine
+from loadtests.plots import draw
 from loadtests.processes import RunError, raise_on_signals
 from loadtests.progress import Progress
-from loadtests.report import Report, Section, markdown
+from loadtests.report import Report, Section, chart_file, markdown
 
 SCENARIOS: tuple[Scenario, ...] = (
     jobs.SCENARIO,
@@ -25,6 +26,10 @@ SCENARIOS: tuple[Scenario, ...] = (
     cancel.SCENARIO,
     join.SCENARIO,
     retained.SCENARIO,
+    fanout.SCENARIO,
+    many.SCENARIO,
+    idle.SCENARIO,
+    reconnect.SCENARIO,
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,8 +71,11 @@ def run_all(chosen: list[Scenario], bench: Bench) -> list[Section]:
 def write(report: Report, options: argparse.Namespace) -> Path:
     """Write the page (and the JSON, if asked for); return the page's path."""
     RESULTS.mkdir(exist_ok=True)
-    page = RESULTS / f"{report.started_at.replace(':', '').replace(' ', 'T')}.md"
-    page.write_text(markdown(report), encoding="utf-8")
+    name = report.started_at.replace(":", "").replace(" ", "T")
+    page = RESULTS / f"{name}.md"
+    page.write_text(markdown(report, name), encoding="utf-8")
+    for chart in (chart for section in report.sections for chart in section.charts):
+        draw(chart, RESULTS / chart_file(name, chart))
     if options.json is not None:
         options.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     return page

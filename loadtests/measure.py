@@ -105,6 +105,22 @@ class CpuClock:
         return sum(alive[pid].ticks for pid in tree if pid in alive) / self._tick
 
 
+def resident(root: int) -> int | None:
+    """Return the bytes of memory that a process and its descendants hold; None where /proc does not exist."""
+    if not PROC.joinpath("self/stat").exists():
+        return None
+    tree = tree_of(root, {pid: times.parent for pid, times in _processes()})
+    return sum(map(_resident, tree))
+
+
+def _resident(pid: int) -> int:
+    try:
+        pages = (PROC / str(pid) / "statm").read_text(encoding="utf-8").split()[1]
+    except OSError:
+        return 0  # it has exited meanwhile
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _processes() -> Iterable[tuple[int, ProcessTimes]]:
     for pid in [int(entry.name) for entry in PROC.glob("[0-9]*")]:
         try:

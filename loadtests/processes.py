@@ -106,11 +106,16 @@ def run_to_end(
     """Run a child that ends by itself; return the JSON object that is its last line."""
     with running(name, argv, env) as child:
         child.wait(timeout)
-        lines = child.output().strip().splitlines()
+        return last_json(child)
+
+
+def last_json(child: Child) -> dict[str, Any]:
+    """Return the JSON object that is the last line of what a child printed."""
+    lines = child.output().strip().splitlines()
     try:
         return json.loads(lines[-1])
     except (IndexError, ValueError):
-        raise RunError(f"{name} printed no result: {' '.join(lines)[-TAIL_CHARS:]}") from None
+        raise RunError(f"{child.name} printed no result: {child.tail()}") from None
 
 
 def python(*arguments: str) -> list[str]:

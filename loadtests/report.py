@@ -23,6 +23,25 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of a chart: points (x, y) with x growing."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One plot, kept beside the page as `<page>-<name>.png`. Both axes begin at 0."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+
+
+@dataclass(frozen=True)
 class Section:
     """One scenario's part of the page, and its raw numbers for --json."""
 
@@ -32,6 +51,7 @@ class Section:
     notes: Sequence[str] = ()
     data: dict[str, Any] = field(default_factory=dict)
     failures: Sequence[str] = ()
+    charts: Sequence[Chart] = ()
 
 
 @dataclass(frozen=True)
@@ -123,12 +143,18 @@ def _milliseconds(seconds: Sequence[float]) -> str:
     return f"{summary([1000 * value for value in seconds])} ms"
 
 
-def markdown(report: Report) -> str:
-    """Return the whole page."""
+def chart_file(page: str, chart: Chart) -> str:
+    """Name a chart's file beside its page."""
+    return f"{page}-{chart.name}.png"
+
+
+def markdown(report: Report, page: str = "") -> str:
+    """Return the whole page; with the page's name the charts beside it are shown."""
     parts = ["# streamjobs load tests", machine_lines(report)]
     for section in report.sections:
         parts += [f"## {section.title}", section.intro]
         parts += [table(content) for content in section.tables]
+        parts += [f"![{chart.title}]({chart_file(page, chart)})" for chart in section.charts if page]
         if section.notes:
             parts.append("\n".join(f"- {note}" for note in section.notes))
     return "\n\n".join(parts) + "\n"

@@ -3,6 +3,7 @@
 As a child, `python -m loadtests.streamjobs_history` and one of
     long <deltas>                          writes one chat of so many tokens, waits for the projector at each
                                            tenth, leaves it running; prints what it was, how its keys grew
+    begin <jobs>                           takes so many chats and leaves them running; prints them
     end <job> <epoch> <batches> <deltas>   ends it; prints what its keys hold then
     copy <job> <stream>                    writes its events to a plain stream
     plain                                  prints the bytes of all jobs in plain streams: events, texts alone
@@ -161,6 +162,18 @@ async def long(count: int) -> Written:
         return Written(lease.job_id, lease.epoch, number, str(record.last), text, curve)
 
 
+async def begin(count: int) -> dict[str, list[str]]:
+    """Take chats that nobody goes on with, each with an open turn."""
+    async with opened() as store:
+        writer = Writer(store)
+        leases = await writer.begin(count)
+        turn = rows([TurnStarted(turn=1, model="a-model")])
+        for start in range(0, count, BATCH):
+            part = leases[start : start + BATCH]
+            await writer.append([Batch(lease.job_id, lease.epoch, 1, turn) for lease in part])
+    return {"jobs": [f"{lease.job_id}:{lease.epoch}" for lease in leases]}
+
+
 async def end(job_id: str, epoch: int, batches: int, count: int) -> dict[str, int]:
     async with opened() as store:
         writer = Writer(store)
@@ -242,6 +255,8 @@ if __name__ == "__main__":
     match verb:
         case "long":
             result: Any = asdict(uvloop.run(long(int(given[0]))))
+        case "begin":
+            result = uvloop.run(begin(int(given[0])))
         case "end":
             result = uvloop.run(end(given[0], *map(int, given[1:])))
         case "plain":

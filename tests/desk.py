@@ -32,8 +32,7 @@ from streamjobs.events import (
 )
 from streamjobs.llm.base import Answer as ModelAnswer
 from streamjobs.llm.base import ModelRequest, Piece, TextPiece
-from streamjobs.store import Answer, Batch, Entry, Lease, Page
-from streamjobs.worker.context import Clock
+from streamjobs.store import Answer, Batch, Clock, Entry, Lease, Page
 from streamjobs.worker.execution import Execution, Services
 from streamjobs.worker.recorder import Committer
 

@@ -27,8 +27,11 @@ _MAX_PARTITIONS = 9999
 _MAX_PORT = 65535
 _MAX_WATCHED = 64
 _FOREVER = 10 * 365 * 86400.0
-_OTHER_VARIABLES = frozenset({"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS"})
-"""Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server."""
+_OTHER_VARIABLES = frozenset(
+    {"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS", "STREAMJOBS_SERVE_SLOT"}
+)
+"""Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server, and
+which of the processes of one port this is."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,6 +218,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Its port."""
     ops_port: int = 0
     """Probes and metrics on a port of their own; 0: on the API's port."""
+    serve_workers: int = 1
+    """Gateway processes that share the ports (`streamjobs serve` only; also `--workers`)."""
+    serve_hang_timeout: float = 30.0
+    """One of several gateway processes whose event loop stands still this long is replaced; 0: never."""
+    serve_restart_cap: float = 5.0
+    """The longest pause before a gateway process is replaced that ended soon; a first time there is none."""
     max_body: int = 1024 * 1024
     """The largest request body, in bytes."""
     max_wait: float = 60.0
@@ -237,6 +246,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How often positions of watched jobs are compared with the log: pub/sub may lose."""
     max_connection_age: float = 1800.0
     """A stream is handed over after about this long, so that load moves to new gateways."""
+    ws_subscriptions: int = 64
+    """Jobs that one WebSocket may be subscribed to at once."""
+    ws_max_message: int = 4096
+    """Bytes of one message from a WebSocket's client."""
+    ws_message_rate: int = 20
+    """Messages a second that a WebSocket's client may send, after a burst of `ws_subscriptions` more."""
+    ws_idle_timeout: float = 60.0
+    """A WebSocket without subscriptions is closed when its client has said nothing for this long."""
+    ws_pong_timeout: float = 10.0
+    """A WebSocket's client that leaves a ping (one each silent `heartbeat_interval`) unanswered is gone."""
     ready_timeout: float = 0.0
     """`/readyz` turns false when Redis has been away this long; 0: an outage does not take gateways out."""
     page_events: int = 500
@@ -369,10 +388,11 @@ _POSITIVE = (
     "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
     "max_connection_age", "watch_limit", "redis_max_connections", "partitions", "concurrency", "max_attempts",
     "page_events",
+    "ws_subscriptions", "ws_max_message", "ws_message_rate", "ws_idle_timeout", "ws_pong_timeout",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
-    "provider_attempts",
+    "serve_workers", "serve_restart_cap",
     "projector_concurrency", "archive_timeout",
 )  # fmt: skip
 

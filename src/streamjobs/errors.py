@@ -167,6 +167,30 @@ class CursorNotFound(StreamjobsError):
     code, http_status = "cursor_not_found", 409
 
 
+class AlreadySubscribed(StreamjobsError):
+    """The connection has a subscription to this job. Unsubscribe first to begin it anew."""
+
+    code, http_status = "already_subscribed", 409
+
+
+class NotSubscribed(StreamjobsError):
+    """The connection has no subscription to this job (any more). Nothing is left to do."""
+
+    code, http_status = "not_subscribed", 409
+
+
+class TooManySubscriptions(Invalid):
+    """The connection has as many subscriptions as there may be."""
+
+    code = "too_many_subscriptions"
+
+
+class TooManyMessages(StreamjobsError):
+    """The connection sends faster than it may, and is closed."""
+
+    code, http_status, retryable = "too_many_messages", 429, True
+
+
 class TooLarge(StreamjobsError):
     """The body is over the limit."""
 

@@ -1,6 +1,7 @@
 """Structured logs, set up once by the CLI.
 
-Rule 1: one record, one line; JSON unless a person reads along on a terminal.
+Rule 1: one record, one line, one write: processes may share standard error. JSON unless a person reads along
+on a terminal.
 Rule 2: never prompts, answers, tool arguments or keys: values of fields that sound like secrets are hidden.
 """
 
@@ -47,7 +48,7 @@ def set_up_logs(settings: Settings) -> None:
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(

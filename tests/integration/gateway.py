@@ -178,7 +178,7 @@ def frame_of(block: str) -> Frame:
 
 
 class Stream:
-    """A client of the event stream that reads strictly; `beats` counts heartbeats."""
+    """A client of the event stream that reads strictly; `beats` counts heartbeats, `degraded` some."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Stream:
         self._parameters = parameters
         self._stack = contextlib.AsyncExitStack()
         self._buffer = ""
-        self.beats = 0
+        self.beats = self.degraded = 0
         self.response: httpx.Response
 
     async def __aenter__(self) -> Stream:
@@ -217,8 +217,9 @@ class Stream:
                 line, newline, rest = self._buffer.partition("\n")
                 if not newline:
                     break
-                assert line == ":", line
+                assert line in {":", ": degraded"}, line
                 self.beats += 1
+                self.degraded += line != ":"
                 self._buffer = rest
             block, blank, rest = self._buffer.partition("\n\n")
             if blank:

@@ -7,6 +7,7 @@ import gc
 import random
 
 import httpx
+import pytest
 
 from streamjobs.gateway.channel import Channel
 from streamjobs.gateway.viewer import Viewer
@@ -15,12 +16,11 @@ from tests.integration.gateway import Script, Served, serving
 
 JOBS = 100
 VIEWERS = 100
-VISITS = 4
 
 
-async def visit(served: Served, scripts: list[Script]) -> None:
+async def visit(served: Served, scripts: list[Script], visits: int) -> None:
     """Open streams of random jobs, leave each at a random moment, sometimes before the first byte."""
-    for _ in range(VISITS):
+    for _ in range(visits):
         script = random.choice(scripts)
         cursor = random.choice(["0", "999-1", None])
         try:
@@ -42,7 +42,9 @@ def alive(kind: type) -> int:
     return sum(isinstance(thing, kind) for thing in gc.get_objects())
 
 
-async def test_after_a_crowd_everything_is_as_before(redis: RedisProcess):
+@pytest.mark.parametrize("visits", [4, pytest.param(100, marks=pytest.mark.long)])
+async def test_after_a_crowd_everything_is_as_before(redis: RedisProcess, visits: int):
+    """A gateway would grow with each viewer that it ever had."""
     async with serving(redis.url, owner_limit=0) as served:
         scripts = [await served.script() for _ in range(JOBS)]
         for script in scripts:
@@ -51,7 +53,7 @@ async def test_after_a_crowd_everything_is_as_before(redis: RedisProcess):
             await anext(stream)
         await wait_until(lambda: served.store.live.channels == 0)
         tasks = len(asyncio.all_tasks())
-        visiting = [asyncio.create_task(visit(served, scripts)) for _ in range(VIEWERS)]
+        visiting = [asyncio.create_task(visit(served, scripts, visits)) for _ in range(VIEWERS)]
         await talk(scripts, visiting)
         await asyncio.gather(*visiting)
 

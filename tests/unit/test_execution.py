@@ -15,8 +15,7 @@ from streamjobs.config import Settings
 from streamjobs.cursor import Cursor
 from streamjobs.errors import JobNotFound, StoreUnavailable
 from streamjobs.events import JobLog, JobQueued, encode_event
-from streamjobs.store import Answer, Entry, Lease, Page
-from streamjobs.worker.context import Clock
+from streamjobs.store import Answer, Clock, Entry, Lease, Page
 from streamjobs.worker.execution import Execution, Services, Stop
 from streamjobs.worker.recorder import Committer
 from tests.conftest import wait_until

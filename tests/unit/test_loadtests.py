@@ -10,15 +10,21 @@ import pytest
 from loadtests import __main__ as command
 from loadtests import (
     cancel,
+    crowd,
+    fanout,
+    idle,
     jobs,
     join,
     latency,
+    many,
     measure,
     pacing,
     prose,
     provider,
+    reconnect,
     report,
     retained,
+    speaker,
     steps,
     streamjobs_peer,
     tokens,
@@ -428,3 +434,77 @@ class TestCommandLine:
         """A typo must not run everything."""
         with pytest.raises(SystemExit):
             command.parse(["job"])
+
+
+class TestCrowd:
+    def _fed(self, *pieces: bytes) -> crowd.Crowd:
+        plan = crowd.Plan(port=1, paths=["/"], viewers=1, tokens=3, timeout=1.0)
+
+        async def feed() -> crowd.Crowd:
+            of = crowd.Crowd(plan)
+            viewer = crowd.Watchful(of, b"")
+            for piece in pieces:
+                viewer.data_received(piece)
+            of.viewers = [viewer]
+            return of
+
+        return asyncio.run(feed())
+
+    def _event(self, *numbers: int) -> bytes:
+        return b'id: 1-1\nevent: text.delta\ndata: {"ts":1795586124295,"text":"%b"}\n\n' % (
+            speaker.text_of(range(numbers[0], numbers[-1] + 1)).encode()
+        )
+
+    def test_tokens_are_counted_wherever_the_bytes_are_cut(self) -> None:
+        """Reads end anywhere; a count that depends on it would make every figure wrong."""
+        whole = self._event(0) + self._event(1, 2)
+        for at in range(1, len(whole)):
+            seen = self._fed(whole[:at], whole[at:]).seen(0.0)
+            assert (seen.tokens, seen.short, seen.holes) == (3, 0, 0)
+            assert seen.delays["p50"] > 0
+
+    @pytest.mark.parametrize("numbers", [(0, 2), (0, 0), (1, 2)])
+    def test_a_missed_or_repeated_token_is_seen(self, numbers: tuple[int, int]) -> None:
+        """A system that loses tokens would win."""
+        seen = self._fed(*(self._event(number) for number in numbers)).seen(0.0)
+        assert seen.holes > 0
+        assert seen.short == 1
+
+
+class TestSpeaker:
+    def test_every_token_is_said_once_and_in_time(self) -> None:
+        """The rate that the report names must be the rate that was offered."""
+        said: list[int] = []
+
+        async def say(start: int, end: int) -> None:
+            said.extend(range(start, end))
+
+        asyncio.run(speaker.speak(say, 50, 1000.0, 0.005))
+        assert said == list(range(50))
+
+
+class TestGrowth:
+    def test_quick_runs_are_small(self) -> None:
+        """CI would take an hour."""
+        full, quick = command.parse([]), command.parse(["--quick"])
+        assert len(fanout.sizes(quick)) == len(many.sizes(quick)) == len(idle.sizes(quick)) == 1
+        assert len(fanout.sizes(full)) == len(many.sizes(full)) == 4
+        assert quick.back_viewers * 10 < full.back_viewers
+
+    def test_a_system_without_numbers_keeps_its_row(self) -> None:
+        """A peer that is not installed would vanish from the page without a word."""
+        options = command.parse(["--quick", "--repeat", "1"])
+        failed = {f"{system.name}, 50 x 20/s": "not here" for system in fanout.SYSTEMS}
+        section = fanout.section(options, [], failed)
+        assert [row[3] for row in section.tables[0].rows] == ["not here"] * len(fanout.SYSTEMS)
+        assert section.failures == []
+        assert reconnect.section(options, [], {"abort": "failed: no"}).failures == [
+            "reconnect, abort: failed: no"
+        ]
+
+    def test_charts_are_shown_from_beside_the_page(self) -> None:
+        """The page would show broken pictures."""
+        chart = report.Chart("many", "Many", "jobs", "ms", [report.Line("p99", [(1, 2.0), (2, 3.0)])])
+        section = report.Section("Many", "", [], charts=[chart])
+        page = report.markdown(report.Report("now", "", MACHINE, "7", [1.0], [0.0], [section]), "page")
+        assert f"![Many]({report.chart_file('page', chart)})" in page

@@ -103,3 +103,32 @@ def test_reset_forgets():
     ring.reset(at(9, 2))
     assert (ring.base, ring.top, ring.size) == (at(9, 2), at(9, 2), 0)
     assert not ring.holds(at(5))
+
+
+def test_what_was_read_again_is_held_as_if_it_had_never_left():
+    """Viewers who were away would each read the log, one after the other."""
+    ring = filled(5, start=20)
+    ring.precede(at(15), [at(n) for n in range(16, 21)], [f"{n:010}".encode() for n in range(16, 21)])
+    ring.precede(at(13), [at(14), at(15)], [b"14", b"15"])
+    assert (ring.base, ring.top, ring.size) == (at(13), at(25), 104)
+    assert ring.after(13).plain.body == b"1415" + b"".join(f"{n:010}".encode() for n in range(16, 26))
+    assert ring.after(18).plain.body == b"".join(f"{n:010}".encode() for n in range(19, 26))
+    assert ring.holds(at(14))
+    assert not ring.holds(at(14, epoch=2))
+
+
+def test_what_was_read_again_may_fill_an_empty_ring_and_leaves_first():
+    ring = filled(0, start=3, limit=50)
+    ring.precede(at(0), [at(1), at(2), at(3)], [b"1" * 10, b"2" * 10, b"3" * 10])
+    assert (ring.base, ring.top, ring.size) == (at(0), at(3), 30)
+    for seq in range(4, 8):
+        ring.push(at(seq), str(seq).encode() * 10)
+    ring.settle()
+    assert (ring.base, ring.top, ring.size) == (at(2), at(7), 50)
+    assert ring.after(2).plain.body == b"".join(str(seq).encode() * 10 for seq in range(3, 8))
+
+
+def test_what_was_read_again_does_not_exceed_the_limit():
+    ring = filled(5, start=20, limit=59)
+    ring.precede(at(19), [at(20)], [b"x" * 10])
+    assert (ring.base, ring.size) == (at(20), 50)

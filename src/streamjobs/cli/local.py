@@ -13,7 +13,8 @@ import msgspec
 
 from streamjobs.app import App, load_app
 from streamjobs.config import Settings
-from streamjobs.gateway.app import Stop, serve
+from streamjobs.gateway.app import serve
+from streamjobs.gateway.stop import Stop
 from streamjobs.projections import build
 from streamjobs.projections.runner import Runner
 from streamjobs.store import Store

@@ -18,7 +18,7 @@ from streamjobs.cli.export import export
 from streamjobs.cli.jobs import cancel, status, submit, watch
 from streamjobs.cli.notices import notifications, webhooks
 from streamjobs.cli.projections import projections, stats
-from streamjobs.cli.roles import dev, projector, provider, serve, worker
+from streamjobs.cli.roles import dev, gateway_process, projector, provider, serve, worker
 from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
 
@@ -46,7 +46,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 for command in (
-    dev, demo, serve, worker, projector, provider, doctor, schedules, projections, stats,
+    dev, demo, serve, gateway_process, worker, projector, provider, doctor, schedules, projections, stats,
     notifications, webhooks,
     submit, watch, status, cancel, export,
     look.list_jobs, look.result, look.log, look.effects,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from streamjobs.cli.options import read_settings, require_redis, run, settings_options
+
+if TYPE_CHECKING:
+    from streamjobs.config import Settings
 
 _APP = click.argument("app", required=False, metavar="[MODULE:APP]")
 
@@ -41,10 +46,12 @@ def dev(
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port of the API.")
 @click.option("--ops-port", type=int, help="Probes and metrics on a port of their own.")
+@click.option("--workers", type=int, help="Processes that share the port; one that dies is replaced.")
 @settings_options
+@click.pass_context
 def serve(
-    app: str | None, host: str | None, port: int | None, ops_port: int | None, redis_url: str | None,
-    config: Path | None, assignments: tuple[str, ...],
+    context: click.Context, app: str | None, host: str | None, port: int | None, ops_port: int | None,
+    workers: int | None, redis_url: str | None, config: Path | None, assignments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Run the gateway: the API, and SSE for any number of viewers.
 
@@ -53,14 +60,45 @@ def serve(
     \b
     streamjobs serve --redis-url redis://redis:6379 --host 0.0.0.0
     streamjobs serve mypackage.jobs:app --ops-port 9090
+    streamjobs serve mypackage.jobs:app --workers 4
     """
+    settings = require_redis(
+        read_settings(
+            redis_url, config, assignments, host=host, port=port, ops_port=ops_port, serve_workers=workers
+        )
+    )
+    if settings.serve_workers > 1:
+        _supervise(context, settings, app)
+        return
     from streamjobs.cli.local import chosen_app
     from streamjobs.gateway.app import serve as serve_gateway
 
-    settings = require_redis(
-        read_settings(redis_url, config, assignments, host=host, port=port, ops_port=ops_port)
-    )
     run(serve_gateway(settings, chosen_app(app)))
+
+
+def _supervise(context: click.Context, settings: Settings, app: str | None) -> None:
+    from streamjobs.gateway.supervisor import supervise
+
+    flags = ["--debug"] if context.obj["debug"] else []
+    # -P: a file of the current folder that is named like one of ours, or of Python's, must not hide it
+    command = [sys.executable, "-P", "-m", "streamjobs", *flags, gateway_process.name or ""]
+    status = run(supervise(settings, app, command))
+    if status:
+        raise click.exceptions.Exit(status if status > 0 else 128 - status)
+
+
+@click.command(hidden=True)
+@click.argument("channel", type=int)
+def gateway_process(channel: int) -> None:
+    """Be one of several gateway processes, as told by the supervisor at the other end of the channel."""
+    from streamjobs.cli.local import chosen_app
+    from streamjobs.gateway.member import Channel, serve_as_member
+    from streamjobs.logs import set_up_logs
+
+    heard = Channel(channel)
+    orders = heard.orders()
+    set_up_logs(orders.settings)
+    run(serve_as_member(heard, orders, chosen_app(orders.app)))
 
 
 @click.command()

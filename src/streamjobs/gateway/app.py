@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 
 import structlog
 import uvloop
 from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
+from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamjobs.archive import Archive
@@ -34,6 +33,8 @@ from streamjobs.gateway.owner_stream import OwnerEvents
 from streamjobs.gateway.probes import Probes
 from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
+from streamjobs.gateway.stop import Stop
+from streamjobs.gateway.ws import SocketRoutes
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
 
@@ -54,11 +55,13 @@ class Gateway:
         archive = Archive.of(settings.archive_url, settings.archive_timeout)
         archived = Archived(archive, settings, store.snapshots.caps)
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
+        sockets = SocketRoutes(self.hub, archived)
         api = [
             *JobRoutes(store, self.hub, registry, settings).routes(),
             *LookRoutes(store, self.hub, archived, settings).routes(),
             Route("/v1/jobs/{id}/events", Events(self.hub, archived), methods=["GET"]),
             Route("/v1/events", OwnerEvents(self.hub), methods=["GET"]),
+            *sockets.routes(),
             *ActRoutes(store, self.hub.snapshots, archived, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
             *NoticeRoutes(store, settings).routes(),
@@ -66,7 +69,7 @@ class Gateway:
             *OperateRoutes(store, settings).routes(),
         ]
         self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)])
+        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)], sockets.sockets())
 
     async def start(self) -> None:
         """Start the loops."""
@@ -86,9 +89,9 @@ class Gateway:
         await self.hub.aclose()
 
 
-def routed(routes: list[Route]) -> ASGIApp:
+def routed(routes: list[Route], sockets: Sequence[WebSocketRoute] = ()) -> ASGIApp:
     """An ASGI app of these routes; what they do not have and what goes wrong become problem documents."""
-    return Edge(Router([*routes, *_other_methods(routes)], redirect_slashes=False))
+    return Edge(Router([*routes, *sockets, *_other_methods(routes)], redirect_slashes=False))
 
 
 def _other_methods(routes: list[Route]) -> list[Route]:
@@ -110,35 +113,6 @@ class _Refusal:
         raise HTTPException(405, headers={"Allow": self._allow})
 
 
-class Stop:
-    """The signals that end a role: the first one asks for an orderly end, a second one for a quick one."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.hurried = asyncio.Event()
-        self.is_interactive = False
-
-    def __call__(self, number: int) -> None:
-        """Take a signal."""
-        self.is_interactive = self.is_interactive or number == signal.SIGINT
-        if self.asked.is_set():
-            self.hurried.set()
-        self.asked.set()
-
-    @contextlib.contextmanager
-    def on_signals(self) -> Generator[None, None, None]:
-        """Hear SIGTERM and SIGINT; only the main thread can."""
-        loop = asyncio.get_running_loop()
-        heard = (signal.SIGTERM, signal.SIGINT)
-        for number in heard:
-            loop.add_signal_handler(number, self, number)
-        try:
-            yield
-        finally:
-            for number in heard:
-                loop.remove_signal_handler(number)
-
-
 async def serve(
     settings: Settings,
     registry: Registry,
@@ -146,16 +120,19 @@ async def serve(
     store: Store | None = None,
     stop: Stop | None = None,
     on_ready: Callable[[str], None] | None = None,
+    listeners: Sequence[socket.socket] = (),
 ) -> None:
     """Serve until told to stop, then drain.
 
     Without a `store` one is opened and closed here. Without a `stop` signals are heard here (main thread
-    only). `on_ready` is called with the URL once requests are taken. Port 0 takes any free one.
-    Raises `OSError` where the port is taken, and what `Store.open` raises.
+    only). `on_ready` is called with the URL once requests are taken. Port 0 takes any free one. `listeners`
+    are the API's socket, and that of an `ops_port`; without them they are made here.
+    Raises `OSError` where a port is taken, and what `Store.open` raises.
     """
-    listener = listen(settings.host, settings.port, settings.send_buffer)
+    listeners = listeners or _listeners(settings)
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(listener.close)
+        for listener in listeners:
+            stack.callback(listener.close)
         if store is None:
             store = await Store.open(settings)
             stack.push_async_callback(store.aclose)
@@ -165,20 +142,29 @@ async def serve(
         gateway = Gateway(store, registry, settings)
         await gateway.start()
         stack.push_async_callback(gateway.aclose)
-        await _serve(gateway, listener, stop, on_ready or _report)
+        await _serve(gateway, listeners, stop, on_ready or _report)
+
+
+def _listeners(settings: Settings) -> list[socket.socket]:
+    ports = [settings.port, *([settings.ops_port] if settings.ops_port else [])]
+    with contextlib.ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        for port in ports:
+            listeners.append(listen(settings.host, port, settings.send_buffer))
+            stack.callback(listeners[-1].close)
+        stack.pop_all()  # nothing failed: they stay open
+    return listeners
 
 
 async def _serve(
-    gateway: Gateway, listener: socket.socket, stop: Stop, on_ready: Callable[[str], None]
+    gateway: Gateway, listeners: Sequence[socket.socket], stop: Stop, on_ready: Callable[[str], None]
 ) -> None:
-    settings = gateway.settings
-    servers = [Server(gateway.asgi)]
-    running = [asyncio.create_task(servers[0].serve([listener]), name="server")]
-    if settings.ops_port:
-        servers.append(Server(gateway.ops))
-        ops = listen(settings.host, settings.ops_port, settings.send_buffer)
-        running.append(asyncio.create_task(servers[1].serve([ops]), name="ops server"))
-    on_ready(url_of(listener))
+    servers = [Server(asgi) for asgi, _ in zip((gateway.asgi, gateway.ops), listeners, strict=False)]
+    running = [
+        asyncio.create_task(server.serve([listener]), name="server")
+        for server, listener in zip(servers, listeners, strict=True)
+    ]
+    on_ready(url_of(listeners[0]))
     asked = asyncio.create_task(stop.asked.wait())
     await asyncio.wait([*running, asked], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()

@@ -23,6 +23,8 @@ from streamjobs.cursor import START, Cursor
 from streamjobs.errors import ArchiveUnavailable, CursorNotFound, Invalid, JobNotFound
 from streamjobs.gateway import sse
 from streamjobs.gateway.coding import PLAIN
+from streamjobs.gateway.follower import Beginning, Lost
+from streamjobs.gateway.ring import Chunk
 from streamjobs.gateway.snapshots import Snapshot, snapshot_of
 from streamjobs.job import Caps, Fold
 from streamjobs.store import Page
@@ -136,13 +138,25 @@ class Archived:
         return "ended"
 
     async def _frames(self, job_id: str, cursor: Cursor | None) -> AsyncGenerator[bytes]:
+        async with contextlib.aclosing(self.pieces(job_id, cursor, self._settings.page_bytes)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Chunk):
+                    yield piece.plain.body
+                else:
+                    lost = b"" if piece.lost is None else sse.reset_frame(*piece.lost)
+                    yield lost + piece.snapshot.frame.plain
+
+    async def pieces(
+        self, job_id: str, cursor: Cursor | None, max_bytes: int
+    ) -> AsyncGenerator[Chunk | Beginning]:
+        """What a follower would have handed out who came after the end; events about `max_bytes` at once."""
         async with self._reading(job_id) as reading:
             if cursor is not None and await reading.seek(cursor):
-                while entries := (await self._page(reading, self._settings.page_events)).entries:
-                    yield b"".join(map(sse.event_frame, entries))
+                while entries := await reading.page(self._settings.page_events, max_bytes):
+                    yield Chunk([sse.event_frame(entry) for entry in entries], entries[-1].cursor)
                 return
-        lost = b"" if cursor is None else sse.reset_frame("unknown_cursor", cursor)
-        yield lost + (await self.snapshot(job_id)).frame.plain
+        lost = None if cursor is None else Lost("unknown_cursor", cursor)
+        yield Beginning(await self.snapshot(job_id), lost)
 
     async def _send(self, send: Send, body: bytes) -> None:
         """A client that takes nothing is let go: its file stays open as long as it is read."""

@@ -28,7 +28,7 @@ from streamjobs.gateway.patience import patiently
 from streamjobs.gateway.ring import CHUNK_BYTES, Chunk, Ring
 from streamjobs.gateway.snapshots import Snapshot
 from streamjobs.gateway.sse import event_frame
-from streamjobs.store import Entry, JobRecord, Page
+from streamjobs.store import Entry, JobRecord
 
 if TYPE_CHECKING:
     from streamjobs.gateway.hub import Hub
@@ -124,6 +124,11 @@ class Channel:
     def tail(self) -> Cursor:
         """The last event known here, shown or about to be."""
         return self._tail
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the gateway does not hear or read Redis."""
+        return self._hub.health.is_degraded
 
     @property
     def is_followed(self) -> bool:
@@ -265,10 +270,12 @@ class Channel:
         self._next_flush = self._loop.time() + self._hub.settings.flush_interval
         for entry in self._pending:
             self.ring.push(entry.cursor, event_frame(entry))
-        self._pending.clear()
+        news, self._pending = self._pending, []
         self.ring.settle()
         self.end = self._ended_at
         self.wake()
+        if news:
+            self._hub.health.observe(news[0].data)
 
     def wake(self) -> None:
         """Let every watcher look again."""
@@ -287,18 +294,26 @@ class Channel:
         return task
 
     async def _page(self, cursor: Cursor) -> LogPage | StreamjobsError:
-        pages = self._pages
+        pages, generation = self._pages, self.generation
         try:
             async with self._hub.reading:
-                return _framed(
-                    await patiently(
-                        lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
-                    )
+                page = await patiently(
+                    lambda: self._hub.store.log.page(self.job_id, cursor, max_bytes=CHUNK_BYTES)
                 )
+                frames = [event_frame(entry) for entry in page.entries]
+                if generation == self.generation:
+                    self._keep(cursor, [entry.cursor for entry in page.entries], frames)
+                return LogPage(page.found, Chunk(frames, page.entries[-1].cursor) if frames else None)
         except StreamjobsError as error:
             return error
         finally:
             self._loop.call_later(PAGE_KEPT, pages.pop, cursor, None)
+
+    def _keep(self, after: Cursor, cursors: list[Cursor], frames: list[bytes]) -> None:
+        """Have the ring hold what was read right before it: the next viewer from there needs no read."""
+        count = self.ring.base.seq - after.seq
+        if 0 < count <= len(cursors) and cursors[count - 1] == self.ring.base:
+            self.ring.precede(after, cursors[:count], frames[:count])
 
     def snapshot(self) -> asyncio.Task[Snapshot | StreamjobsError]:
         """The view as it stands, as a task that never raises."""
@@ -317,8 +332,3 @@ class Channel:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _framed(page: Page) -> LogPage:
-    frames = [event_frame(entry) for entry in page.entries]
-    return LogPage(page.found, Chunk(frames, page.entries[-1].cursor) if frames else None)

@@ -1,5 +1,6 @@
 """What every request passes: security headers, metrics by route template, errors as problem documents.
 
+A WebSocket's handshake is a request too.
 One wrapper around `send` and nothing else, since streams pass it too.
 """
 
@@ -15,13 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamjobs import metrics
 from streamjobs.gateway.problems import answer_to
 from streamjobs.gateway.stream import Wire
+from streamjobs.gateway.websocket import WebSocket
 
 log = structlog.get_logger(__name__)
 
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 CONNECTION = "streamjobs.connection"
 """Our server's ASGI extension: `abort()` breaks the connection at once, `on_lost(hear)` tells of its end,
-`wire` takes chunks of the answer."""
+`wire` takes chunks of the answer; a WebSocket's has `socket`, the connection itself."""
+_STATUSES = {"websocket.accept": 101, "websocket.close": 403}
+"""What a WebSocket's first message answers to its handshake."""
 
 
 class Edge:
@@ -32,7 +36,7 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; an error becomes an answer, or breaks the connection if one has begun."""
-        if scope["type"] != "http":
+        if scope["type"] not in {"http", "websocket"}:
             return
         scope["app"] = self  # makes the router raise for unknown paths and methods
         sending = _Sending(scope, send)
@@ -65,10 +69,10 @@ class _Sending:
     def _begin(self, message: MutableMapping[str, Any]) -> None:
         self.has_begun = True
         message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
-        route = route_of(self._scope)
-        metrics.HTTP_REQUESTS.labels(route, str(message["status"])).inc()
+        route, status = route_of(self._scope), message.get("status") or _STATUSES[message["type"]]
+        metrics.HTTP_REQUESTS.labels(route, str(status)).inc()
         metrics.HTTP_SECONDS.labels(route).observe(time.perf_counter() - self._started)
-        log.debug("request", method=self._scope["method"], route=route, status=message["status"])
+        log.debug("request", method=self._scope["method"], route=route, status=status)
 
 
 def route_of(scope: Scope) -> str:
@@ -80,6 +84,11 @@ def route_of(scope: Scope) -> str:
 def abort_of(scope: Scope) -> Callable[[], None]:
     """How to break this connection; a server without our extension closes it when the app returns."""
     return _connection_of(scope).get("abort", _nothing)
+
+
+def socket_of(scope: Scope) -> WebSocket:
+    """A WebSocket's connection, to be used once it is accepted; only our server has that."""
+    return _connection_of(scope)["socket"]
 
 
 def on_lost(scope: Scope, hear: Callable[[], None] | None) -> bool:

@@ -31,10 +31,11 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from streamjobs import metrics
 from streamjobs.archive import line_of
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
-from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable
+from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable, StreamjobsError
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
@@ -78,7 +79,11 @@ class Events:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the form that `Accept` asks for."""
-        asked = _asked(scope, self._hub.settings)
+        try:
+            asked = _asked(scope, self._hub.settings)
+        except StreamjobsError:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
         if asked.form == "application/x-ndjson":
             await self._ndjson(asked, send)
         elif asked.form == "application/json":
@@ -90,9 +95,9 @@ class Events:
 
     async def _stream(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            record, end = await self._look_up(asked.job_id)
+            record, end = await look_up(self._hub, asked.job_id)
         except JobNotFound:
-            await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+            await self._from_archive(asked, scope, receive, send)
             return
         if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
@@ -106,6 +111,13 @@ class Events:
         viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
         await run(self._hub, viewer, coding, scope, receive, send)
 
+    async def _from_archive(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+        except JobNotFound:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
+
     def _coding(self, asked: _Asked, record: JobRecord | None) -> Coding:
         """zstd where the client takes it and the stream begins with a view that is worth it."""
         if asked.cursor is not None or not asked.takes_zstd:
@@ -113,21 +125,6 @@ class Events:
         channel = self._hub.find(asked.job_id)
         events = record.last.seq if record is not None else channel.tail.seq if channel is not None else 0
         return Zstd() if events > self._hub.settings.snapshot_min_events else PLAIN
-
-    async def _look_up(self, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
-        """The job's head, where it takes asking, and its terminal event if it has ended.
-
-        Raises `JobNotFound`; nothing when Redis is away.
-        """
-        channel = self._hub.find(job_id)
-        if channel is not None and channel.is_ready:
-            return None, channel.end
-        try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT):
-                record = await self._hub.head(job_id)
-        except (StoreUnavailable, TimeoutError):
-            return None, None
-        return record, record.last if record.is_ended else None
 
     # --- the log at once
 
@@ -174,6 +171,22 @@ class Events:
         if not page.found:
             raise CursorNotFound(f"{cursor} is not in this job's log; read it again without a cursor")
         return page
+
+
+async def look_up(hub: Hub, job_id: str) -> tuple[JobRecord | None, Cursor | None]:
+    """The job's head, where it takes asking, and its terminal event if it has ended.
+
+    Raises `JobNotFound`; nothing when Redis is away.
+    """
+    channel = hub.find(job_id)
+    if channel is not None and channel.is_ready:
+        return None, channel.end
+    try:
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
+            record = await hub.head(job_id)
+    except (StoreUnavailable, TimeoutError):
+        return None, None
+    return record, record.last if record.is_ended else None
 
 
 def _asked(scope: Scope, settings: Settings) -> _Asked:

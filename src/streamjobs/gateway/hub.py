@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -20,6 +21,7 @@ from streamjobs.config import Settings
 from streamjobs.cursor import Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.gateway.channel import Channel
+from streamjobs.gateway.health import LOOK_INTERVAL, Health
 from streamjobs.gateway.owner_feed import OwnerFeed
 from streamjobs.gateway.snapshots import Snapshots
 from streamjobs.gateway.stream import Stream
@@ -43,6 +45,7 @@ class Hub:
         self.store = store
         self.settings = settings
         self.snapshots = Snapshots(store)
+        self.health = Health(store)
         self.reading = asyncio.Semaphore(_READS)
         """For who reads a page of a log: the events of a page take several times the memory of its frames."""
         self._channels: dict[str, Channel] = {}
@@ -51,7 +54,7 @@ class Hub:
         self._waiting: set[_Waiting] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heads: dict[str, asyncio.Task[JobRecord]] = {}
-        self._checker: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
         self._drain_until: float | None = None
         self._stream_left = asyncio.Event()
         metrics.VIEWERS.set_function(lambda: self.viewers)
@@ -60,8 +63,9 @@ class Hub:
     # --- life
 
     def start(self) -> None:
-        """Start comparing positions."""
-        self._checker = asyncio.create_task(self._run_checks(), name="positions")
+        """Start comparing positions, and looking whether Redis is there."""
+        self._loops.append(asyncio.create_task(self._run_checks(), name="positions"))
+        self._loops.append(asyncio.create_task(self._run_looks(), name="health"))
 
     async def drain(self, grace: float) -> None:
         """End every stream at a random moment within `grace` seconds; returns when all have ended."""
@@ -79,16 +83,15 @@ class Hub:
 
     async def aclose(self) -> None:
         """Stop checking and free every channel."""
-        if self._checker is not None:
-            self._checker.cancel()
+        for loop in self._loops:
+            loop.cancel()
         for stream in tuple(self._streams):
             stream.leave("drain")
         for channel in tuple(self._channels.values()):
             self.drop(channel)
         for feed in tuple(self._feeds.values()):
             self.drop_feed(feed)
-        tasks = [*self._tasks, *([self._checker] if self._checker else [])]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._loops, return_exceptions=True)
 
     @property
     def is_draining(self) -> bool:
@@ -235,11 +238,27 @@ class Hub:
 
     async def _run_checks(self) -> None:
         while True:
-            await asyncio.sleep(jitter(self.settings.position_interval))
             try:
+                await self.health.read_clock()
+                await asyncio.sleep(jitter(self.settings.position_interval))
                 await self.check_positions()
+                self.health.is_unread = False
             except StreamjobsError as error:
+                self.health.is_unread = True
                 log.warning("positions.unchecked", error=error.code)
+                await asyncio.sleep(jitter(min(1.0, self.settings.position_interval)))
+
+    async def _run_looks(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL)
+            if self.health.look(time.monotonic()):
+                self._remind()
+
+    def _remind(self) -> None:
+        """Have every stream say soon, not all at once, that Redis is away."""
+        loop = asyncio.get_running_loop()
+        for stream in self._streams:
+            loop.call_later(random.uniform(0, self.settings.heartbeat_interval / 3), stream.remind)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
         """Run something that must not be cut off in the middle; errors on purpose are logged."""

@@ -170,7 +170,7 @@ class OwnerStream(EventStream):
         """What is due now; see `EventStream`."""
         frames = self._due()
         if not frames:
-            return (sse.HEARTBEAT,) if not self.ended and self.is_heartbeat_due else ()
+            return self.heartbeat(self._hub.health.is_degraded)
         self.events += len(frames)
         if self._is_first and not self.ended:
             self._is_first = False

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -60,7 +60,7 @@ class Probes:
         with contextlib.suppress(StreamjobsError, TimeoutError):
             async with asyncio.timeout(PING_TIMEOUT):
                 await self._store.feed.report()
-        return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        return Response(await _exposition(), media_type=CONTENT_TYPE_LATEST)
 
     async def _reach(self) -> bool:
         try:
@@ -75,3 +75,10 @@ class Probes:
         if self._reached_at is None:
             return False
         return not self._timeout or time.monotonic() - self._reached_at <= self._timeout
+
+
+async def _exposition() -> bytes:
+    if not metrics.IS_SHARED:
+        return metrics.exposition()
+    metrics.publish()
+    return await asyncio.to_thread(metrics.exposition)  # files of many processes: some 20 ms for four of them

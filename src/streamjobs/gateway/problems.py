@@ -23,7 +23,12 @@ from streamjobs.events import clean_text, encode_json
 log = structlog.get_logger(__name__)
 
 _FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_.\[\]-]*): ")
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 426: "upgrade_required"}
+_DETAILS = {
+    404: "There is nothing at this path.",
+    405: "This path has other methods.",
+    426: "This path is for WebSockets, version 13.",
+}
 _RETRY_AFTER = "1"
 
 Headers = Mapping[str, str]
@@ -63,7 +68,7 @@ def answer_to(error: Exception) -> Problem:
 def unrouted(status: int, headers: Headers | None = None) -> Problem:
     """The answer for a path that is no route, or a method that the route does not have."""
     code = _CODES.get(status, "bad_request" if status < 500 else "internal")
-    detail = {404: "There is nothing at this path.", 405: "This path has other methods."}.get(status, "")
+    detail = _DETAILS.get(status, "")
     return Problem(_document(status, code, detail), headers)
 
 

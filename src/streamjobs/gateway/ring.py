@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 from streamjobs.cursor import START, Cursor
 from streamjobs.gateway.forms import Form, Rendered, plain
@@ -66,6 +67,16 @@ class Ring:
         self._bytes += len(frame)
         self._ends.append(self._bytes)
         self.top = cursor
+
+    def precede(self, base: Cursor, cursors: Sequence[Cursor], frames: Sequence[bytes]) -> None:
+        """Add the events from behind `base` to what is held; nothing where that would exceed the limit."""
+        size = sum(map(len, frames))
+        if self.size + size > self._limit:
+            return
+        first = self._before - size
+        self._ends[:0] = [first + end for end in accumulate(map(len, frames))]
+        self._cursors[:0], self._frames[:0] = cursors, frames
+        self.base = base
 
     def settle(self) -> None:
         """After pushing: drop what is over the limit, and the joins that are out of date."""

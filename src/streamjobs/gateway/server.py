@@ -1,23 +1,28 @@
 """The socket and the server under the gateway: uvicorn, with what it does not have.
 
 Rule 1: the listening socket is ours; accepted ones inherit a small send buffer, since a viewer that does
-not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones.
+not read costs that much kernel memory, and TCP_USER_TIMEOUT, which ends half-open and stalled ones. A link
+that dies while a stream is idle shows only at the next heartbeat: both together are 30 seconds by default.
 Rule 2: signals are ours too: uvicorn's own shutdown would wait for streams for ever.
-Rule 3: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
+Rule 3: a WebSocket's handshake leaves uvicorn: the connection is a `websocket.WebSocket` from then on.
+Rule 4: no access log: it would print query strings, and with them tokens. `edge` logs routes at debug level.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import urllib.parse
 from collections.abc import Callable, Generator
 from typing import Any, cast
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from streamjobs.gateway.edge import CONNECTION
+from streamjobs.gateway.websocket import WebSocket, key_of
 
 BACKLOG = 2048
 KEEP_ALIVE = 65
@@ -26,17 +31,22 @@ SHUTDOWN_TIMEOUT = 5
 """Seconds that uvicorn waits for what still runs after the drain."""
 HEAD_TIMEOUT = 15.0
 """Seconds from connecting to a whole request head."""
-USER_TIMEOUT_MS = 30_000
+MAX_HEAD = 64 * 1024
+"""Bytes that a request's head may hold, about: uvicorn gathers whatever comes."""
+USER_TIMEOUT_MS = 15_000
+"""For how long what was sent may be unacknowledged, or the other end's window closed."""
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
 
 
-def listen(host: str, port: int, send_buffer: int) -> socket.socket:
-    """A bound, listening socket. Raises `OSError`."""
+def listen(host: str, port: int, send_buffer: int, *, is_shared: bool = False) -> socket.socket:
+    """A bound, listening socket; a shared one beside others of the same address. Raises `OSError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # with the protocol named, asyncio turns Nagle off for what is accepted; else tokens come 40 ms late
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         with contextlib.suppress(OSError):
             option: int = getattr(socket, "TCP_USER_TIMEOUT", _TCP_USER_TIMEOUT)
@@ -59,7 +69,7 @@ class Protocol(HttpToolsProtocol):
     gather, 64 KB and a piece.
     """
 
-    __slots__ = ("_head_timer", "_hear_lost")
+    __slots__ = ("_head_size", "_head_timer", "_hear_lost")
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock for the first request's head."""
@@ -67,17 +77,28 @@ class Protocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=0)
         self._hear_lost: Callable[[], None] | None = None
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._give_up)
+        self._head_size: int | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock, tell the stream."""
         self._head_timer.cancel()
+        self._unset_keepalive_if_required()  # uvicorn forgets it where the connection was reset
         super().connection_lost(exc)
         if self._hear_lost is not None:
             self._hear_lost()
 
+    def data_received(self, data: bytes) -> None:
+        """Refuse a head that does not end."""
+        super().data_received(data)
+        if self._head_size is not None:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
+
     def on_message_begin(self) -> None:
         """Give the app its hold on this connection."""
         super().on_message_begin()
+        self._head_size = 0
         scope = cast("dict[str, Any]", self.scope)
         hold = {"abort": self.transport.abort, "on_lost": self._on_lost, "wire": self}
         scope["extensions"] = {CONNECTION: hold}
@@ -85,6 +106,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is here."""
         self._head_timer.cancel()
+        self._head_size = None
         super().on_headers_complete()
 
     def write(self, portion: bytes | memoryview) -> bool:
@@ -96,9 +118,40 @@ class Protocol(HttpToolsProtocol):
         """Wait until the socket has taken everything; see `Wire`."""
         await self.flow.drain()
 
+    def handle_websocket_upgrade(self) -> None:
+        """Hand the connection over; from here on this object is of no use."""
+        if self.cycle and not self.cycle.response_complete:
+            self.transport.abort()  # it did not wait for the answer before this one
+            return
+        self.connections.discard(self)
+        scope = cast("dict[str, Any]", self.scope)
+        url = httptools.parse_url(self.url)
+        socket = WebSocket(self.server_state, self.transport, key_of(scope["headers"]))
+        scope |= {
+            "type": "websocket",
+            "path": self.root_path + urllib.parse.unquote(url.path.decode("ascii")),
+            "raw_path": self.root_path.encode("ascii") + url.path,
+            "query_string": url.query or b"",
+            "subprotocols": [],
+            "extensions": {
+                "websocket.http.response": {},
+                CONNECTION: {"abort": socket.abort, "socket": socket},
+            },
+        }
+        socket.ask(cast("ASGIApp", self.app), scope)
+
+    def _should_upgrade(self) -> bool:
+        """Whether this is a WebSocket's handshake; what is not quite one is a plain request."""
+        is_get = (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
+        return is_get and super()._should_upgrade() and bool(key_of(self.headers))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: strangers may ask for what they like."""
+
     def _on_lost(self, hear: Callable[[], None] | None) -> None:
         self._hear_lost = hear
         if hear is not None and self.transport.is_closing():
+            self.cycle.disconnected = True  # uvicorn is about to notice, and would log an error until then
             hear()
 
     def _give_up(self) -> None:
@@ -113,7 +166,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 cast("Any", app),
                 http=Protocol,
-                ws="none",
+                ws=WebSocket,
                 lifespan="off",
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE,

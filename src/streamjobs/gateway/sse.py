@@ -24,6 +24,8 @@ from streamjobs.gateway.problems import problem_of
 from streamjobs.store import Entry
 
 HEARTBEAT = b":\n"
+DEGRADED = b": degraded\n"
+"""A heartbeat while the gateway does not hear or read Redis: nothing is lost, but nothing new comes."""
 
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),

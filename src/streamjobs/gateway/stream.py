@@ -17,6 +17,7 @@ from typing import Protocol
 
 from streamjobs import metrics
 from streamjobs.config import Settings
+from streamjobs.gateway import sse
 from streamjobs.gateway.coding import PLAIN, Bytes, Coding, Piece
 
 
@@ -51,10 +52,13 @@ class Stream:
 
     def close(self) -> None:
         """Free everything about it."""
+        self._stop_timers()
+        metrics.STREAMS_CLOSED.labels(self.ended or "gone").inc()
+
+    def _stop_timers(self) -> None:
         self._timer.cancel()
         if self._pacer is not None:
             self._pacer.cancel()
-        metrics.STREAMS_CLOSED.labels(self.ended or "gone").inc()
 
     def count(self) -> None:
         """What was handed out has been sent."""
@@ -96,6 +100,11 @@ class Stream:
     def leave(self, why: str) -> None:
         """End with a handover when what is being sent is out."""
         self._leaving = self._leaving or why
+        self.nudge()
+
+    def remind(self) -> None:
+        """Have a heartbeat sent now."""
+        self._sent_at = 0.0
         self.nudge()
 
     def lose(self) -> None:
@@ -173,6 +182,12 @@ class EventStream(Stream):
     @abstractmethod
     def take(self) -> tuple[Piece, ...]:
         """What is due now, in pieces; none where nothing is. `ended` is set once nothing comes after them."""
+
+    def heartbeat(self, is_degraded: bool) -> tuple[Piece, ...]:
+        """A comment, if one is due."""
+        if self.ended or not self.is_heartbeat_due:
+            return ()
+        return (sse.DEGRADED if is_degraded else sse.HEARTBEAT,)
 
     async def run(self, wire: Wire, coding: Coding) -> None:
         """Write what is due until the stream is over; what ends the coding is left to the caller."""

@@ -68,7 +68,7 @@ class Viewer(EventStream):
         """What is due now, in pieces; none where nothing is. `ended` is set once nothing comes after them."""
         pieces = self._due()
         if not pieces:
-            return (sse.HEARTBEAT,) if not self.ended and self.is_heartbeat_due else ()
+            return self.heartbeat(self._follower.channel.is_degraded)
         if self._is_first:
             self._is_first = False
             return sse.retry_line(), *pieces

@@ -11,6 +11,7 @@ from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
 from streamjobs.store import keys
 from streamjobs.store.artifacts import Artifacts
+from streamjobs.store.clock import Clock
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
 from streamjobs.store.dead import Dead, DeadFilter, DeadJob
 from streamjobs.store.deliveries import Claimed, Deliveries, Undelivered
@@ -39,6 +40,7 @@ __all__ = [
     "Artifacts",
     "Batch",
     "Claimed",
+    "Clock",
     "Counted",
     "Dead",
     "DeadFilter",

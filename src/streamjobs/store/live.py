@@ -111,6 +111,11 @@ class Live:
         """How many channels are wanted."""
         return len(self._channels)
 
+    @property
+    def is_down(self) -> bool:
+        """Whether somebody wants to hear and nothing can be heard now."""
+        return bool(self._channels) and not self.connected
+
     async def subscribe(self, job_id: str, listener: Listener) -> None:
         """Hear of a job's events; returns once Redis has confirmed, so that a read after it leaves no hole.
 

@@ -30,7 +30,7 @@ from streamjobs.faults import fault
 from streamjobs.inputs import ChatInput, ChatMessage
 from streamjobs.llm import Providers
 from streamjobs.retry import Retry
-from streamjobs.store import Lease, Store
+from streamjobs.store import Clock, Lease, Store
 from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
 from streamjobs.worker.history import History, Occurrence, OpKey, artifact_op
@@ -49,22 +49,6 @@ if TYPE_CHECKING:
 
 _RAISE: Any = object()
 _EVENT_NAME = re.compile(r"[a-z0-9_.-]{1,60}", re.ASCII)
-
-
-class Clock:
-    """Redis's clock as this process knows it: an offset to the local monotonic one."""
-
-    def __init__(self, monotonic_ms: Callable[[], int]) -> None:
-        self._monotonic_ms = monotonic_ms
-        self._offset = 0
-
-    def set(self, redis_ms: int) -> None:
-        """Take over what a reply said."""
-        self._offset = redis_ms - self._monotonic_ms()
-
-    def now_ms(self) -> int:
-        """Milliseconds since the epoch, by Redis's clock."""
-        return self._monotonic_ms() + self._offset
 
 
 class Surroundings(NamedTuple):

@@ -46,9 +46,9 @@ from streamjobs.events import (
 from streamjobs.faults import fault
 from streamjobs.llm import Providers
 from streamjobs.retry import Backoff, Retry
-from streamjobs.store import Entry, Lease, Outcome, Store
+from streamjobs.store import Clock, Entry, Lease, Outcome, Store
 from streamjobs.worker.chat import chat
-from streamjobs.worker.context import Clock, Context, Surroundings
+from streamjobs.worker.context import Context, Surroundings
 from streamjobs.worker.described import MAX_MESSAGE, clean_message, describe, leaves
 from streamjobs.worker.history import History
 from streamjobs.worker.news import News

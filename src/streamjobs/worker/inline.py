@@ -22,9 +22,20 @@ from streamjobs.errors import ArtifactNotFound, JobEnded, StreamjobsError
 from streamjobs.events import Event, Json, encode_event, encode_json
 from streamjobs.job import Fold, JobView
 from streamjobs.llm import Providers
-from streamjobs.store import Answer, Batch, Entry, Lease, Outcome, Page, Permit, Receipt, Store, Submission
+from streamjobs.store import (
+    Answer,
+    Batch,
+    Clock,
+    Entry,
+    Lease,
+    Outcome,
+    Page,
+    Permit,
+    Receipt,
+    Store,
+    Submission,
+)
 from streamjobs.store.keys import new_job_id
-from streamjobs.worker.context import Clock
 from streamjobs.worker.execution import Execution, Services
 from streamjobs.worker.recorder import Committer
 

@@ -26,11 +26,10 @@ from streamjobs import metrics
 from streamjobs.app import App
 from streamjobs.errors import StreamjobsError
 from streamjobs.llm import Providers
-from streamjobs.store import Lease, Renewal, Store, Taken, WorkerInfo, jitter
+from streamjobs.store import Clock, Lease, Renewal, Store, Taken, WorkerInfo, jitter
 from streamjobs.store.keys import partition_of_job
 from streamjobs.store.sweeper import Sweeper
 from streamjobs.worker.calls import abandoned_tasks
-from streamjobs.worker.context import Clock
 from streamjobs.worker.execution import Execution, Services
 from streamjobs.worker.leases import LeaseKeeper, LeaseKey
 from streamjobs.worker.recorder import Committer
