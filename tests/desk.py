@@ -170,7 +170,7 @@ class Desk:
                     await asyncio.sleep(0)
                 meanwhile()
                 execution.journal.note(self.inbox, "")
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, 60)
         finally:
             commits.cancel()
             await asyncio.gather(commits, return_exceptions=True)

@@ -20,7 +20,7 @@ from streamjobs.store import Store
 from tests.conftest import fast_settings, free_port, wait_until
 from tests.harness import ROOT, environment
 
-READY = 30.0
+READY = 90.0
 """Seconds that a gateway may take to be there on a busy machine."""
 
 

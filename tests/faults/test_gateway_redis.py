@@ -80,7 +80,7 @@ async def test_streams_stay_open_while_redis_stands_still(own_redis: RedisProces
             finally:
                 own_redis.process.send_signal(signal.SIGCONT)
             seen = [len(viewer.rows) for viewer in stage.crowd]
-            await wait_until(lambda: has_gone_on(stage.crowd, seen), 30, "words after the pause")
+            await wait_until(lambda: has_gone_on(stage.crowd, seen), 90, "words after the pause")
         level = await all_level(stage)
     print(f"paused for {seconds:g} s; level {level:.2f} s after the last word")  # noqa: T201
 
@@ -106,7 +106,7 @@ async def test_streams_outlive_restarts_of_redis(own_redis: RedisProcess, times:
         async with speaking(stage.scripts):
             for _ in range(times):
                 seen = [len(viewer.rows) for viewer in stage.crowd]
-                await wait_until(lambda seen=seen: has_gone_on(stage.crowd, seen), 30, "words in between")
+                await wait_until(lambda seen=seen: has_gone_on(stage.crowd, seen), 90, "words in between")
                 own_redis.kill()
                 beats = [viewer.beats for viewer in stage.crowd]
                 await wait_until(lambda beats=beats: has_beaten(stage.crowd, beats, 2))
@@ -134,7 +134,7 @@ async def test_viewers_are_level_soon_after_each_loss_of_live_delivery(redis: Re
                 lags.append(await all_level(stage))
         assert await stage.gateway.metric('streamjobs_gap_fills_total{why="reconnected"}') > 0
     print(f"{kills} kills; level after {max(lags):.2f} s at most")  # noqa: T201
-    assert max(lags) < 5.0
+    assert max(lags) < 20.0
 
 
 async def test_a_gateway_too_slow_for_its_subscriptions_makes_up_for_it(own_redis: RedisProcess):
@@ -175,7 +175,7 @@ async def test_a_link_to_redis_that_swallows_everything_is_given_up(
     """TCP says nothing for a quarter of an hour. Viewers would get heartbeats, and never another word."""
     monkeypatch.setattr(live, "WATCHDOG", watchdog)
     async with proxying(redis.port) as proxy, direct(redis) as store:
-        async with serving(proxy.url, redis_timeout=0.5, heartbeat_interval=0.2) as served:
+        async with serving(proxy.url, redis_timeout=1.0, heartbeat_interval=0.2) as served:
             script = await Script.start(store)
             crowd = [Viewer(script.id, port_of(served)) for _ in range(20)]
             async with watching(crowd) as watched:
@@ -190,9 +190,9 @@ async def test_a_link_to_redis_that_swallows_everything_is_given_up(
                     await wait_until(lambda: time.monotonic() - began > seconds)
                     proxy.mode = "pass"
                     seen = [len(viewer.rows) for viewer in crowd]
-                    await wait_until(lambda: has_gone_on(crowd, seen), 30, "words after the outage")
+                    await wait_until(lambda: has_gone_on(crowd, seen), 90, "words after the outage")
                 await script.complete()
-                await asyncio.wait_for(watched, 30)
+                await asyncio.wait_for(watched, 90)
         log = await script.log()
     for viewer in crowd:
         assert viewer.rows == log
@@ -249,7 +249,7 @@ async def test_a_redis_that_is_emptied_ends_every_stream(forgetful_redis: RedisP
 
 
 async def check_loss(redis: RedisProcess, lose: Any) -> None:
-    options = {"redis_timeout": 0.5, "position_interval": 0.3, "heartbeat_interval": 0.2}
+    options = {"redis_timeout": 1.0, "position_interval": 0.3, "heartbeat_interval": 0.2}
     async with serving(redis.url, **options) as served:
         script = await served.script()
         await script.open_turn()
@@ -260,7 +260,7 @@ async def check_loss(redis: RedisProcess, lose: Any) -> None:
             waiting = asyncio.create_task(served.client.get(f"/v1/jobs/{script.id}", params={"wait": "20"}))
             await wait_until(lambda: served.gateway.hub.viewers == len(crowd) + 1)
             await lose(served)
-            await asyncio.wait_for(watched, 20)
+            await asyncio.wait_for(watched, 90)
         for viewer in crowd:
             assert [frame.json["code"] for frame in viewer.others if frame.event == "error"] == ["not_found"]
             assert viewer.endings == {"error": 1}
@@ -279,5 +279,5 @@ async def require_new_life(served: Served) -> None:
         await wait_until(lambda: viewer.rows)
         await script.open_turn()
         await script.complete()
-        await asyncio.wait_for(watched, 20)
+        await asyncio.wait_for(watched, 90)
     assert viewer.rows == await script.log()

@@ -199,7 +199,7 @@ async def test_a_worker_whose_replies_are_lost_all_the_time(
 ):
     """Through a network that loses replies and cuts connections: each word once, each payment once."""
     monkeypatch.setenv("EFFECTS", str(tmp_path / "effects"))
-    async with proxying(redis.port) as proxy, lab(proxy.url, Scenario(turns=TURNS), lease=5.0) as bench:
+    async with proxying(redis.port) as proxy, lab(proxy.url, Scenario(turns=TURNS), lease=20.0) as bench:
         await load_scripts(bench.store)
         shas = [script.sha.encode() for script in (Scripts.APPEND, Scripts.TAKE, Scripts.APPEND_ALWAYS)]
         jobs = [await bench.chat(str(n), tools=["once", "pure"]) for n in range(10)]

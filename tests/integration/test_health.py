@@ -23,7 +23,7 @@ async def scraped(served: Served, name: str) -> float:
 
 async def test_streams_say_that_redis_is_away_and_go_on_without_a_hole(own_redis: RedisProcess):
     """A page would show a live answer as if nothing were wrong, and an operator would see healthy streams."""
-    async with serving(own_redis.tcp_url, redis_timeout=0.3, heartbeat_interval=0.3) as served:
+    async with serving(own_redis.tcp_url, redis_timeout=1.0, heartbeat_interval=0.3) as served:
         script = await served.script()
         await script.open_turn()
         async with served.stream(script.id, after="0") as stream, served.everything("anonymous") as panel:

@@ -75,7 +75,7 @@ class Gateway:
         await wait_until(are_there, 30, f"{count} viewers")
 
     async def ended(self) -> int:
-        await wait_until(lambda: self.process.poll() is not None, 30, "the supervisor's end")
+        await wait_until(lambda: self.process.poll() is not None, 90, "the supervisor's end")
         assert self.process.returncode is not None
         return self.process.returncode
 
@@ -92,7 +92,7 @@ async def started(
         if gateway.process.poll() is None:
             gateway.process.kill()
         gateway.process.wait(20)
-        await wait_until(lambda: not any(is_alive(pid) for pid in gateway.pids), 30, "all processes to end")
+        await wait_until(lambda: not any(is_alive(pid) for pid in gateway.pids), 90, "all processes to end")
         await gateway.client.aclose()
 
 
@@ -108,7 +108,7 @@ def private_tmp(tmp_path: Path) -> dict[str, str]:
 async def gateway(redis: RedisProcess, tmp_path: Path, private_tmp: dict[str, str]) -> AsyncIterator[Gateway]:
     """Two processes that serve."""
     async with started(redis.url, tmp_path, private_tmp) as gateway:
-        await wait_until(lambda: gateway.records("gateway.ready"), 45, "both processes")
+        await wait_until(lambda: gateway.records("gateway.ready"), 90, "both processes")
         yield gateway
 
 
@@ -170,7 +170,7 @@ async def test_a_process_that_is_killed_is_replaced_and_no_counter_goes_down(
     killed, other = gateway.pids
     os.kill(killed, signal.SIGKILL)
     await wait_until(lambda: split(watching)[0])
-    await wait_until(lambda: len(gateway.pids) == 3, 30, "a new process")
+    await wait_until(lambda: len(gateway.pids) == 3, 90, "a new process")
     _, going_on = split(watching)
     assert 0 < len(going_on) < CROWD
     await gateway.viewers(len(going_on))
@@ -182,7 +182,7 @@ async def test_a_process_that_is_killed_is_replaced_and_no_counter_goes_down(
     await gateway.viewers(len(going_on) + CROWD)
     os.kill(other, signal.SIGKILL)
     await script.complete()
-    texts = [task.result() for task in back if not await asyncio.wait_for(failed(task), 30)]
+    texts = [task.result() for task in back if not await asyncio.wait_for(failed(task), 90)]
     assert 0 < len(texts) < CROWD
     assert all("event: job.completed" in text for text in texts)
     assert await gateway.metric("streamjobs_streams_opened_total") >= 2 * CROWD
@@ -220,7 +220,7 @@ async def test_no_process_outlives_its_supervisor(
     await gateway.viewers(CROWD)
     gateway.process.kill()
     assert all("event: handover\n" in text for text in await asyncio.gather(*watching))
-    await wait_until(lambda: not any(is_alive(pid) for pid in gateway.pids), 30, "all processes to end")
+    await wait_until(lambda: not any(is_alive(pid) for pid in gateway.pids), 90, "all processes to end")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", int(gateway.api.rpartition(":")[2])))

@@ -157,7 +157,7 @@ async def test_bytes_of_any_kind_break_nothing(
             writer.write(data)
             await asyncio.sleep(0)
         writer.write_eof()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             with contextlib.suppress(ConnectionError):
                 await reader.read()
         writer.close()

@@ -143,7 +143,7 @@ def test_arithmetic_is_right(expression: str, value: float) -> None:
 )
 def test_everything_else_is_refused_at_once(expression: str, said: str | None) -> None:
     """Without this a model could run code, or keep a worker busy for ever."""
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone: others may use the machine
     if said is None:
         calculate(expression)
     else:
@@ -151,7 +151,7 @@ def test_everything_else_is_refused_at_once(expression: str, said: str | None) -
             calculate(expression)
         assert said in str(refused.value)
         assert len(str(refused.value)) < 300
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 2
 
 
 @given(st.text(max_size=220) | st.text("0123456789.+-*/%(), epiabsqrtlogmxn_", max_size=220))
