@@ -53,6 +53,8 @@ class RedisProcess:
         binary = redis_binary()
         options = server_options(self.socket, self.folder, durable=self.durable)
         options += ["--port", str(self.port), "--bind", "127.0.0.1", "--enable-debug-command", "yes"]
+        # Written before it is answered: with `everysec` a busy disk puts writes off, and kill -9 loses them.
+        options += ["--appendfsync", "no"]
         self.process = subprocess.Popen(
             [binary, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -258,14 +258,17 @@ async def test_connections_dying_while_viewers_come_and_go(redis: RedisProcess, 
                 await store.live.subscribe(job_id, heard)
             await store.live.unsubscribe(job_id, heard)
 
+    is_over = asyncio.Event()
+
     async def trouble() -> None:
-        while True:
+        while not is_over.is_set():
             await asyncio.to_thread(kill_subscribers, redis)
             await asyncio.sleep(0.02)
 
     killing = asyncio.create_task(trouble())
     await asyncio.gather(*(viewer(job_id) for job_id in jobs for _ in range(2)))
-    killing.cancel()
+    is_over.set()
+    await killing  # its last blow has fallen
     heard = Heard()
     await store.live.subscribe(jobs[0], heard)
     await store.jobs.signal(jobs[0], "x")
