@@ -44,7 +44,7 @@ async def test_streams_say_that_redis_is_away_and_go_on_without_a_hole(own_redis
             await script.complete()
             frames = await following
             told = await telling
-    log = await script.log()
+        log = await script.log()
     assert [frame.row for frame in frames] == log[-len(frames) :]
     assert len(frames) == 3
     assert told[-1].json["id"] == log[-1][0]
