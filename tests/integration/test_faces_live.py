@@ -117,6 +117,7 @@ def steers_jobs(shell: Shell) -> None:
 
 
 def operates(shell: Shell) -> None:
+    assert shell("canary", "--once").stdout.startswith("ok: first event after ")
     fails = shell("submit", "broken").stdout.strip()
     assert "it cannot work" in shell("result", fails, "--wait", "30", status=2).stderr
     assert fails in shell("dead", "--kind", "broken", "--since", "1h").stdout

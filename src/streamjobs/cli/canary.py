@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from streamjobs.cli.options import run
+from streamjobs.cli import options
+from streamjobs.cli.options import gateway_options
 
 if TYPE_CHECKING:
     from streamjobs.client.canary import Song
 
 
 @click.command()
-@click.option(
-    "--url", envvar="STREAMJOBS_URL", default="http://127.0.0.1:8400", show_default=True, help="The gateway."
-)
 @click.option("--interval", default=30.0, show_default=True, help="Seconds between runs.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds that a run may take.")
 @click.option("--port", default=9464, show_default=True, help="Where /metrics is.")
 @click.option("--once", is_flag=True, help="Run once, say how it went, and exit with 0 or 1.")
-def canary(url: str, interval: float, timeout: float, port: int, once: bool) -> None:
+@gateway_options
+def canary(interval: float, timeout: float, port: int, once: bool, url: str, owner: str) -> None:
     """Probe a gateway, Redis and the workers with a job of our own, and see that nothing of it is lost.
 
     A viewer is cut off in the middle and comes back, another comes late; both must have seen the log.
@@ -37,16 +36,16 @@ def canary(url: str, interval: float, timeout: float, port: int, once: bool) -> 
 
         start_http_server(port, registry=metrics.REGISTRY)
         click.echo(f"metrics on port {port}", err=True)
-    run(_sing(url, interval, timeout, once))
+    options.run(_sing(url, owner, interval, timeout, once))
 
 
-async def _sing(url: str, interval: float, timeout: float, once: bool) -> None:
+async def _sing(url: str, owner: str, interval: float, timeout: float, once: bool) -> None:
     import httpx
 
     from streamjobs.client.canary import OWNER, Canary, Flaw
 
     limits = httpx.Timeout(timeout)
-    headers = {"x-streamjobs-owner": OWNER}
+    headers = {"x-streamjobs-owner": owner or OWNER}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=limits, trust_env=False) as http:
         singer = Canary(http, timeout=timeout)
         while True:
