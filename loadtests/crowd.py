@@ -86,7 +86,8 @@ class Viewer(asyncio.Protocol):
             self.crowd.on_opened()
         self.received += len(data)
         self.reads += 1
-        count = data.count(MARK)
+        # what a chat says at its end holds its text once more
+        count = min(data.count(MARK), self.crowd.plan.tokens - self.tokens)
         if count:
             self.tokens += count
             self.crowd.on_tokens(count)
@@ -106,9 +107,11 @@ class Watchful(Viewer):
         self.rest = b""
 
     def data_received(self, data: bytes) -> None:
+        if self.next == self.crowd.plan.tokens:
+            return
         now = 1000 * time.time()
         whole, end, self.rest = (self.rest + data).rpartition(b"\n\n")
-        for number in NUMBERS.findall(whole + end):
+        for number in NUMBERS.findall(whole + end)[: self.crowd.plan.tokens - self.next]:
             self.crowd.holes += int(number) != self.next
             self.next = int(number) + 1
         if MARK in whole:

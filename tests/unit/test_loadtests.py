@@ -463,6 +463,11 @@ class TestCrowd:
             assert (seen.tokens, seen.short, seen.holes) == (3, 0, 0)
             assert seen.delays["p50"] > 0
 
+    def test_the_text_that_an_end_repeats_is_not_counted(self) -> None:
+        """A chat's last events hold its whole text: every viewer would seem to have got it twice."""
+        seen = self._fed(self._event(0, 2), self._event(0, 2)).seen(0.0)
+        assert (seen.tokens, seen.short, seen.holes) == (3, 0, 0)
+
     @pytest.mark.parametrize("numbers", [(0, 2), (0, 0), (1, 2)])
     def test_a_missed_or_repeated_token_is_seen(self, numbers: tuple[int, int]) -> None:
         """A system that loses tokens would win."""
