@@ -242,6 +242,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A viewer that accepts nothing for this long is closed; it may resume."""
     send_buffer: int = 64 * 1024
     """Bytes that the kernel may hold for one viewer's socket."""
+    unacknowledged_timeout: float = 15.0
+    """How long the other end may acknowledge nothing, or take nothing, until the kernel breaks the connection
+    (Linux). A link that died while a stream was silent shows this long after the next heartbeat."""
+    max_head: int = 64 * 1024
+    """Bytes that the head of a request may hold, about."""
     position_interval: float = 5.0
     """How often positions of watched jobs are compared with the log: pub/sub may lose."""
     max_connection_age: float = 1800.0
@@ -386,7 +391,8 @@ def _check(settings: Settings) -> None:
 _POSITIVE = (
     "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
     "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
-    "max_connection_age", "watch_limit", "redis_max_connections", "partitions", "concurrency", "max_attempts",
+    "max_connection_age", "watch_limit", "max_head", "unacknowledged_timeout",
+    "redis_max_connections", "partitions", "concurrency", "max_attempts",
     "page_events",
     "ws_subscriptions", "ws_max_message", "ws_message_rate", "ws_idle_timeout", "ws_pong_timeout",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",

@@ -105,7 +105,7 @@ class Viewer:
         answer, text, name = Unchunked(), b"", "cut"
         while not answer.is_whole and (data := await reader.read(1 << 16)):
             content = answer.feed(data)
-            self.beats += content.split(b"\n").count(b":")
+            self.beats += sum(line.startswith(b":") for line in content.split(b"\n"))
             *blocks, text = (text + content).split(b"\n\n")
             for block in blocks:
                 name = self.take(frame_of(block.decode()))

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import pytest
 
 from streamjobs import metrics
-from streamjobs.gateway import server
 from tests.conftest import RedisProcess, wait_until
 from tests.faults.crowd import Viewer, speaking, stalled, watching
 from tests.faults.gateways import GatewayProcess, gateway_process, send_queues, store_beside
@@ -25,13 +24,11 @@ LIMIT = 35.0
 """Seconds: a heartbeat's interval until something is sent, the kernel's patience with it, and some slack."""
 
 
-async def test_the_kernel_gives_up_peers_that_take_nothing(
-    redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
-):
+async def test_the_kernel_gives_up_peers_that_take_nothing(redis: RedisProcess):
     """With the application's own timeout out of the way: a dead connection would be held for a quarter of an
     hour, and its stream, its job's subscription and its file descriptor with it."""
-    monkeypatch.setattr(server, "USER_TIMEOUT_MS", 1000)
-    async with serving(redis.url, send_timeout=600.0, heartbeat_interval=0.2) as served:
+    times = {"send_timeout": 600.0, "unacknowledged_timeout": 1.0, "heartbeat_interval": 0.2}
+    async with serving(redis.url, **times) as served:
         script = await served.script()
         await script.open_turn()
         await script.say(*("x" * 2000 for _ in range(200)))

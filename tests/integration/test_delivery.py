@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from streamjobs.config import Settings
 from streamjobs.gateway.app import url_of
 from streamjobs.gateway.server import Server, listen
 from streamjobs.outgoing import Answer
@@ -53,8 +54,8 @@ class Receiver:
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
     made = Receiver()
-    listener = listen("127.0.0.1", 0, 65536)
-    server = Server(Router([Route("/hook", made.take, methods=["POST"])]))
+    listener = listen(Settings(), 0)
+    server = Server(Router([Route("/hook", made.take, methods=["POST"])]), Settings())
     task = asyncio.create_task(server.serve([listener]))
     made.url = f"{url_of(listener)}/hook"
     yield made

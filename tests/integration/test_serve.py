@@ -14,9 +14,10 @@ import httpx
 import pytest
 
 from streamjobs.app import App
+from streamjobs.config import Settings
 from streamjobs.events import JobProgress
 from streamjobs.gateway.app import Stop, serve
-from streamjobs.gateway.server import USER_TIMEOUT_MS, listen
+from streamjobs.gateway.server import listen
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
 from tests.conftest import RedisProcess, fast_settings, free_port, wait_until
@@ -163,14 +164,17 @@ async def test_a_port_that_is_taken_is_said_at_once(store: Store):
 
 def test_accepted_sockets_inherit_small_buffers_and_a_timeout():
     """A viewer that does not read otherwise costs megabytes of kernel memory, for ever."""
-    with listen("127.0.0.1", 0, 32 * 1024) as listener, socket.socket() as client:
+    with (
+        listen(Settings(send_buffer=32 * 1024, unacknowledged_timeout=2.5), 0) as listener,
+        socket.socket() as client,
+    ):
         client.connect(listener.getsockname())
         listener.setblocking(True)
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 64 * 1024
             if sys.platform == "linux":
-                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == USER_TIMEOUT_MS
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
 
 
 async def test_a_client_that_sends_no_request_is_dropped(

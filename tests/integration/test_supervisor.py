@@ -80,7 +80,7 @@ async def running(folder: Path, program: str, count: int = 2, **changes: object)
     """A fleet whose processes do what `program` says."""
     settings = Settings(serve_workers=count, **{"port": 0} | changes)  # pyright: ignore[reportArgumentType]
     command = [sys.executable, "-S", "-c", PROGRAM]
-    port = Port(settings.host, 0, settings.send_buffer)
+    port = Port(settings, 0)
     fleet = Fleet(settings, textwrap.dedent(program), command, [port], str(folder))
     run = Run(fleet, asyncio.create_task(fleet.run()))
     try:
@@ -282,17 +282,17 @@ async def test_nothing_is_left_when_the_supervisor_fails(tmp_path: Path):
 async def test_a_port_is_held_against_all_others(spreads: bool, monkeypatch: pytest.MonkeyPatch):
     """Two gateways of different settings would each get half of the requests."""
     monkeypatch.setattr(ports, "SPREADS", spreads and ports.SPREADS)
-    with contextlib.closing(Port("127.0.0.1", 0, 65536)) as port:
+    with contextlib.closing(Port(Settings(), 0)) as port:
         assert_taken(port.number)
         with port.open(), port.open():
             assert_taken(port.number)
         assert_taken(port.number)
-    Port("127.0.0.1", port.number, 65536).close()
+    Port(Settings(), port.number).close()
 
 
 def assert_taken(number: int) -> None:
     with pytest.raises(OSError, match="in use"):
-        Port("127.0.0.1", number, 65536)
+        Port(Settings(), number)
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", number))
@@ -318,5 +318,5 @@ async def test_every_platform_serves_from_several_processes(
 
 
 async def test_an_address_of_ipv6_has_brackets():
-    with contextlib.closing(Port("::1", 0, 65536)) as port:
+    with contextlib.closing(Port(Settings(host="::1"), 0)) as port:
         assert port.url == f"http://[::1]:{port.number}"

@@ -150,7 +150,7 @@ def _listeners(settings: Settings) -> list[socket.socket]:
     with contextlib.ExitStack() as stack:
         listeners: list[socket.socket] = []
         for port in ports:
-            listeners.append(listen(settings.host, port, settings.send_buffer))
+            listeners.append(listen(settings, port))
             stack.callback(listeners[-1].close)
         stack.pop_all()  # nothing failed: they stay open
     return listeners
@@ -159,7 +159,10 @@ def _listeners(settings: Settings) -> list[socket.socket]:
 async def _serve(
     gateway: Gateway, listeners: Sequence[socket.socket], stop: Stop, on_ready: Callable[[str], None]
 ) -> None:
-    servers = [Server(asgi) for asgi, _ in zip((gateway.asgi, gateway.ops), listeners, strict=False)]
+    servers = [
+        Server(asgi, gateway.settings)
+        for asgi, _ in zip((gateway.asgi, gateway.ops), listeners, strict=False)
+    ]
     running = [
         asyncio.create_task(server.serve([listener]), name="server")
         for server, listener in zip(servers, listeners, strict=True)

@@ -9,14 +9,13 @@ Rule 3: it is over after the job's terminal event (or a snapshot that covers it)
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from streamjobs import metrics
 from streamjobs.cursor import START, Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.gateway.channel import Channel, LogPage
+from streamjobs.gateway.reading import Reader
 from streamjobs.gateway.ring import Chunk
 from streamjobs.gateway.snapshots import Snapshot
 
@@ -49,18 +48,19 @@ class Follows(Protocol):
         """What the follower was waiting for is there."""
 
 
-class Follower:
+class Follower(Reader):
     """Follows one job from behind `cursor`, or from a snapshot where there is none.
 
     `is_over`: nothing comes after what was taken.
     """
 
     __slots__ = (
-        "_generation", "_has_begun", "_is_known", "_lost", "_reading", "_stream", "channel", "cursor",
+        "_generation", "_has_begun", "_is_known", "_lost", "_stream", "channel", "cursor",
         "is_over",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, cursor: Cursor | None, stream: Follows) -> None:
+        super().__init__()
         self.channel = channel
         self.cursor = cursor
         self.is_over = False
@@ -68,7 +68,6 @@ class Follower:
         self._generation = channel.generation
         self._is_known = self._has_begun = False
         self._lost: Lost | None = None
-        self._reading: asyncio.Task[Any] | None = None
         channel.add(self)
 
     def close(self) -> None:
@@ -78,6 +77,10 @@ class Follower:
     def wake(self) -> None:
         """Have the stream look again; see `Watcher`."""
         self._stream.wake_for(self)
+
+    def on_read(self) -> None:
+        """Have the stream look again; see `Reader`."""
+        self._stream.nudge_for(self)
 
     def take(self) -> Due | None:
         """What is due now."""
@@ -129,17 +132,6 @@ class Follower:
         lost, self._lost = self._lost, None
         self._advance(snapshot.cursor)
         return Beginning(snapshot, lost)
-
-    def _read(self, begin: Callable[..., asyncio.Task[Any]], *arguments: Any) -> Any:
-        """The answer of a read that followers share, None until it is there."""
-        if self._reading is None:
-            self._reading = begin(*arguments)
-            if not self._reading.done():
-                self._reading.add_done_callback(lambda _: self._stream.nudge_for(self))
-        if not self._reading.done() or self._reading.cancelled():
-            return None
-        task, self._reading = self._reading, None
-        return task.result()
 
     def _advance_by(self, chunk: Chunk) -> Chunk:
         self._advance(chunk.cursor)

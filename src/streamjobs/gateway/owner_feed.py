@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from streamjobs.errors import StoreUnavailable, StreamjobsError
 from streamjobs.gateway.patience import patiently
-from streamjobs.store import Entry, FeedPage, Position
+from streamjobs.gateway.reading import Reader
+from streamjobs.store import Entry, FeedEvent, FeedPage, Position
 from streamjobs.store.owners import START
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ _PAGES = 16
 """Pages that are kept at most until there is more."""
 
 
-class FeedWatcher(Protocol):
-    """Who watches an owner's feed."""
+class Nudged(Protocol):
+    """Who follows a feed."""
 
-    def on_feed(self) -> None:
-        """There is more, or may be: look again. Must not block."""
+    def nudge(self) -> None:
+        """There is something to be taken, or may be. Must not block."""
 
 
 class OwnerFeed:
@@ -41,7 +42,7 @@ class OwnerFeed:
     def __init__(self, hub: Hub, owner: str) -> None:
         self.owner = owner
         self.version = 0
-        self.watchers: set[FeedWatcher] = set()
+        self.followers: set[FeedFollower] = set()
         self._hub = hub
         self._loop = asyncio.get_running_loop()
         self._known = START
@@ -52,14 +53,14 @@ class OwnerFeed:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stands = self._spawn(self._subscribe())
 
-    def add(self, watcher: FeedWatcher) -> None:
+    def add(self, follower: FeedFollower) -> None:
         """A stream comes."""
-        self.watchers.add(watcher)
+        self.followers.add(follower)
 
-    def remove(self, watcher: FeedWatcher) -> None:
+    def remove(self, follower: FeedFollower) -> None:
         """A stream goes; with the last one goes the feed."""
-        self.watchers.discard(watcher)
-        if not self.watchers:
+        self.followers.discard(follower)
+        if not self.followers:
             self._hub.drop_feed(self)
 
     def close(self) -> None:
@@ -100,8 +101,8 @@ class OwnerFeed:
         self._next_flush = self._loop.time() + self._hub.settings.flush_interval
         self.version += 1
         self._pages.clear()
-        for watcher in tuple(self.watchers):
-            watcher.on_feed()
+        for follower in tuple(self.followers):
+            follower.wake()
 
     # --- reads that streams share
 
@@ -137,6 +138,65 @@ class OwnerFeed:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+class Ready(NamedTuple):
+    """The follower stands at the feed's end; `lost`: because its place is not in the feed any more."""
+
+    lost: Position | None
+
+
+class FeedFollower(Reader):
+    """A position in a feed, None until the feed's end is known, and what is due behind it."""
+
+    __slots__ = ("_feed", "_lost", "_stream", "_version", "_version_asked", "position")
+
+    def __init__(self, feed: OwnerFeed, position: Position | None, stream: Nudged) -> None:
+        super().__init__()
+        self.position = position
+        self._feed = feed
+        self._lost: Position | None = None
+        self._stream = stream
+        self._version = self._version_asked = -1
+        feed.add(self)
+
+    def close(self) -> None:
+        """Follow no more."""
+        self._feed.remove(self)
+
+    def wake(self) -> None:
+        """There may be more."""
+        self._stream.nudge()
+
+    def on_read(self) -> None:
+        """See `Reader`."""
+        self._stream.nudge()
+
+    def take(self) -> list[FeedEvent] | Ready | StreamjobsError | None:
+        """What is due now: events, of which the taker says by `position` how far it has come."""
+        if self.position is None:
+            return self._from_the_end()
+        if self._version == self._feed.version:
+            return None
+        if self._reading is None:
+            self._version_asked = self._feed.version
+        page: FeedPage | StreamjobsError | None = self._read(self._feed.page_after, self.position)
+        if page is None or isinstance(page, StreamjobsError):
+            return page
+        if not page.found:
+            self._lost, self.position = self.position, None
+            return self._from_the_end()
+        if page.is_last:
+            self._version = self._version_asked
+        return page.events
+
+    def _from_the_end(self) -> Ready | StreamjobsError | None:
+        end: Position | StreamjobsError | None = self._read(self._feed.end)
+        if end is None or isinstance(end, StreamjobsError):
+            return end
+        self.position = end
+        lost, self._lost = self._lost, None
+        return Ready(lost)
 
 
 async def _answer(read: Callable[[], Awaitable[Result]]) -> Result | StreamjobsError:

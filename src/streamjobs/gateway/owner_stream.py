@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import structlog
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from streamjobs import metrics
 from streamjobs.cursor import Cursor
 from streamjobs.errors import Invalid, JobNotFound, StreamjobsError
 from streamjobs.events import encode_json
@@ -32,14 +34,16 @@ from streamjobs.gateway.follower import Beginning, Due, Follower
 from streamjobs.gateway.forms import merged, parts_of, plain
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.owner_cursor import OwnerCursor, parse_owner_cursor, tag_of
-from streamjobs.gateway.owner_feed import OwnerFeed
+from streamjobs.gateway.owner_feed import FeedFollower, Ready
 from streamjobs.gateway.patience import patiently
 from streamjobs.gateway.problems import problem_of
 from streamjobs.gateway.requests import owner_of
 from streamjobs.gateway.sending import run
 from streamjobs.gateway.stream import EventStream
 from streamjobs.gateway.viewer import Manner
-from streamjobs.store import FeedEvent, FeedPage, JobRecord, Position
+from streamjobs.store import FeedEvent, JobRecord
+
+log = structlog.get_logger(__name__)
 
 
 class Asked(NamedTuple):
@@ -59,7 +63,11 @@ class OwnerEvents:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the client goes."""
-        asked = self._asked(Request(scope))
+        try:
+            asked = self._asked(Request(scope))
+        except StreamjobsError:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
         await send({"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
@@ -92,8 +100,8 @@ class OwnerStream(EventStream):
     """A stream of an owner's feed and of the logs of some jobs."""
 
     __slots__ = (
-        "_admitting", "_dirty", "_feed", "_followers", "_form", "_hub", "_is_first", "_owner", "_places",
-        "_position", "_problems", "_reading", "_reading_version", "_version",
+        "_admitting", "_dirty", "_feed", "_followers", "_form", "_has_begun", "_hub", "_is_first", "_owner",
+        "_places", "_problems",
     )  # fmt: skip
 
     def __init__(self, hub: Hub, asked: Asked, abort: Callable[[], None]) -> None:
@@ -102,19 +110,14 @@ class OwnerStream(EventStream):
         self._owner = asked.owner
         self._form = asked.manner.form
         self._is_first = True
-        self._position: Position | None = asked.cursor.feed if asked.cursor else None
-        self._places: dict[str, Cursor] = {}
-        """Where the jobs stand whose place is known, by id."""
+        self._has_begun = False
+        known: Mapping[str, Cursor] = asked.cursor.jobs if asked.cursor else {}
+        self._places = {job: known[tag_of(job)] for job in asked.watch if tag_of(job) in known}
+        """Where the jobs stand whose place is known."""
         self._followers: dict[str, Follower | None] = dict.fromkeys(asked.watch)
         self._dirty: dict[Follower, None] = {}
         self._problems: list[tuple[str, StreamjobsError]] = []
-        self._version = -1
-        self._reading: asyncio.Task[Any] | None = None
-        self._reading_version = 0
-        self._feed: OwnerFeed = hub.feed(asked.owner)
-        self._feed.add(self)
-        known: Mapping[str, Cursor] = asked.cursor.jobs if asked.cursor else {}
-        self._places = {job: known[tag_of(job)] for job in asked.watch if tag_of(job) in known}
+        self._feed = FeedFollower(hub.feed(asked.owner), asked.cursor.feed if asked.cursor else None, self)
         self._admitting = [asyncio.create_task(self._admit(job), name="watch") for job in asked.watch]
 
     def close(self) -> None:
@@ -125,13 +128,10 @@ class OwnerStream(EventStream):
         for follower in self._followers.values():
             if follower is not None:
                 follower.close()
-        self._feed.remove(self)
+                metrics.STREAMS_CLOSED.labels(self.ended or "gone").inc()
+        self._feed.close()
 
     # --- what wakes it
-
-    def on_feed(self) -> None:
-        """See `FeedWatcher`."""
-        self.nudge()
 
     def wake_for(self, follower: Follower) -> None:
         """See `Follows`; an end is not held back."""
@@ -152,9 +152,15 @@ class OwnerStream(EventStream):
             record = await patiently(lambda: self._hub.head(job_id))
             self._follow(record)
         except StreamjobsError as error:
-            del self._followers[job_id]
-            self._problems.append((job_id, error))
+            self._give_up(job_id, error)
+        except Exception as error:
+            log.exception("watch.failed", error=type(error).__name__)
+            self._give_up(job_id, StreamjobsError("this job cannot be watched now; connect again"))
         self.nudge()
+
+    def _give_up(self, job_id: str, error: StreamjobsError) -> None:
+        del self._followers[job_id]
+        self._problems.append((job_id, error))
 
     def _follow(self, record: JobRecord) -> None:
         if record.owner != self._owner:
@@ -182,7 +188,7 @@ class OwnerStream(EventStream):
             self.ended = self._leaving
             return [sse.handover_frame(self._leaving)]
         frames = self._from_feed()
-        if self._position is None:
+        if self._feed.position is None or self.ended:
             return frames
         problems, self._problems = self._problems, []
         frames += [_error_frame(job_id, error) for job_id, error in problems]
@@ -191,34 +197,27 @@ class OwnerStream(EventStream):
         return frames
 
     def _from_feed(self) -> list[bytes]:
-        if self._position is None:
-            return self._from_the_end()
-        if self._version == self._feed.version:
+        due = self._feed.take()
+        if due is None:
             return []
-        page: FeedPage | StreamjobsError | None = self._read(self._feed.page_after, self._position)
-        if page is None:
-            return []
-        if isinstance(page, StreamjobsError):
-            return self._fail(page)
-        if not page.found:
-            lost, self._position = self._position, None
-            return [sse.reset_frame("unknown_cursor", lost), *self._from_the_end()]
-        if page.is_last:
-            self._version = self._reading_version
-        return [frame for event in page.events for frame in self._told(event)]
+        if isinstance(due, StreamjobsError):
+            self.ended = "error"
+            return [sse.error_frame(due)]
+        if isinstance(due, Ready):
+            self._begin("snapshot" if due.lost is None else "reset")
+            ready = self._frame("ready", encode_json({"watch": list(self._followers)}))
+            return [ready] if due.lost is None else [sse.reset_frame("unknown_cursor", due.lost), ready]
+        self._begin("resumed")
+        return [frame for event in due for frame in self._told(event)]
 
-    def _from_the_end(self) -> list[bytes]:
-        end: Position | StreamjobsError | None = self._read(self._feed.end)
-        if end is None:
-            return []
-        if isinstance(end, StreamjobsError):
-            return self._fail(end)
-        self._position = end
-        return [self._frame("ready", encode_json({"watch": list(self._followers)}))]
+    def _begin(self, how: str) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            metrics.STREAMS_OPENED.labels(how).inc()
 
     def _told(self, event: FeedEvent) -> Iterator[bytes]:
         """A frame of an event of the feed, unless it is of a watched job."""
-        self._position = event.position
+        self._feed.position = event.position
         if event.job_id not in self._followers:
             cursor, kind, data = event.entry
             yield self._frame(kind, _member(event.job_id, str(cursor), kind, data or b"null"))
@@ -253,24 +252,9 @@ class OwnerStream(EventStream):
         yield self._frame("snapshot", _member(job_id, str(snapshot.cursor), "snapshot", snapshot.view))
 
     def _frame(self, kind: str, data: bytes) -> bytes:
-        assert self._position is not None
+        assert self._feed.position is not None
         places = {tag_of(job): cursor for job, cursor in self._places.items()}
-        return sse.frame(str(OwnerCursor(self._position, places)), kind, data)
-
-    def _read(self, begin: Callable[..., asyncio.Task[Any]], *arguments: Any) -> Any:
-        """The answer of a read that streams share, None until it is there."""
-        if self._reading is None:
-            self._reading, self._reading_version = begin(*arguments), self._feed.version
-            if not self._reading.done():
-                self._reading.add_done_callback(lambda _: self.nudge())
-        if not self._reading.done() or self._reading.cancelled():
-            return None
-        task, self._reading = self._reading, None
-        return task.result()
-
-    def _fail(self, error: StreamjobsError) -> list[bytes]:
-        self.ended = "error"
-        return [sse.error_frame(error)]
+        return sse.frame(str(OwnerCursor(self._feed.position, places)), kind, data)
 
 
 def _member(job_id: str, cursor: str, kind: str, data: bytes) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import socket
 import sys
 
+from streamjobs.config import Settings
 from streamjobs.gateway.server import listen
 
 SPREADS = sys.platform == "linux"
@@ -25,26 +26,22 @@ SPREADS = sys.platform == "linux"
 class Port:
     """An address, held until `close`. Port 0 takes any free one. Raises `OSError` where it is taken."""
 
-    def __init__(self, host: str, port: int, send_buffer: int) -> None:
-        self._host = host
-        self._send_buffer = send_buffer
-        self._held = _hold(host, port) if SPREADS else listen(host, port, send_buffer)
+    def __init__(self, settings: Settings, port: int) -> None:
+        self._settings = settings
+        self._held = _hold(settings.host, port) if SPREADS else listen(settings, port)
         self.number: int = self._held.getsockname()[1]
 
     def open(self) -> socket.socket:
         """A listening socket for one process."""
         if SPREADS:
-            return listen(self._host, self.number, self._send_buffer, is_shared=True)
+            return listen(self._settings, self.number, is_shared=True)
         return self._held.dup()
 
     @property
     def url(self) -> str:
         """Where it can be reached."""
-        return (
-            f"http://[{self._host}]:{self.number}"
-            if ":" in self._host
-            else f"http://{self._host}:{self.number}"
-        )
+        host = self._settings.host
+        return f"http://[{host}]:{self.number}" if ":" in host else f"http://{host}:{self.number}"
 
     def close(self) -> None:
         """Leave the address to others once all its sockets are closed."""

@@ -21,6 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from streamjobs.config import Settings
 from streamjobs.gateway.edge import CONNECTION
 from streamjobs.gateway.websocket import WebSocket, key_of
 
@@ -31,27 +32,23 @@ SHUTDOWN_TIMEOUT = 5
 """Seconds that uvicorn waits for what still runs after the drain."""
 HEAD_TIMEOUT = 15.0
 """Seconds from connecting to a whole request head."""
-MAX_HEAD = 64 * 1024
-"""Bytes that a request's head may hold, about: uvicorn gathers whatever comes."""
-USER_TIMEOUT_MS = 15_000
-"""For how long what was sent may be unacknowledged, or the other end's window closed."""
 _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
 
 
-def listen(host: str, port: int, send_buffer: int, *, is_shared: bool = False) -> socket.socket:
+def listen(settings: Settings, port: int, *, is_shared: bool = False) -> socket.socket:
     """A bound, listening socket; a shared one beside others of the same address. Raises `OSError`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # with the protocol named, asyncio turns Nagle off for what is accepted; else tokens come 40 ms late
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer)
         with contextlib.suppress(OSError):
             option: int = getattr(socket, "TCP_USER_TIMEOUT", _TCP_USER_TIMEOUT)
-            listener.setsockopt(socket.IPPROTO_TCP, option, USER_TIMEOUT_MS)
-        listener.bind((host, port))
+            listener.setsockopt(socket.IPPROTO_TCP, option, round(1000 * settings.unacknowledged_timeout))
+        listener.bind((settings.host, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError:
@@ -68,6 +65,9 @@ class Protocol(HttpToolsProtocol):
     Nothing more is taken while something waits for the socket: else each slow viewer holds what uvicorn lets
     gather, 64 KB and a piece.
     """
+
+    max_head: int
+    """Bytes that a request's head may hold: uvicorn gathers whatever comes."""
 
     __slots__ = ("_head_size", "_head_timer", "_hear_lost")
 
@@ -92,7 +92,7 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self._head_size is not None:
             self._head_size += len(data)
-            if self._head_size > MAX_HEAD and not self.transport.is_closing():
+            if self._head_size > self.max_head and not self.transport.is_closing():
                 self.send_400_response("The head of the request is too large.")
 
     def on_message_begin(self) -> None:
@@ -162,11 +162,12 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn without its signal handlers."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        bounded = type("Bounded", (Protocol,), {"max_head": settings.max_head, "__slots__": ()})
         super().__init__(
             uvicorn.Config(
                 cast("Any", app),
-                http=Protocol,
+                http=bounded,
                 ws=WebSocket,
                 lifespan="off",
                 backlog=BACKLOG,

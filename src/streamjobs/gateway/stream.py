@@ -2,8 +2,7 @@
 
 Rule 1: a stream sleeps in `wait` until it is woken; what is sent then is up to its kind.
 Rule 2: one timer a stream looks after heartbeats, slow sockets and age.
-Rule 3: a stream that asked for fewer writes is woken at multiples of its pace only, so that all with the
-same pace stand at the same place and share the same bytes; the first event after a pause comes at once.
+Rule 3: a stream that asked for fewer writes is woken at its pace only; see `pacing`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from streamjobs import metrics
 from streamjobs.config import Settings
 from streamjobs.gateway import sse
 from streamjobs.gateway.coding import PLAIN, Bytes, Coding, Piece
+from streamjobs.gateway.pacing import Pacer
 
 
 class Stream:
@@ -30,7 +30,7 @@ class Stream:
     """
 
     __slots__ = (
-        "_abort", "_born", "_leaving", "_max_age", "_pace", "_pacer", "_period", "_sending_since", "_sent_at",
+        "_abort", "_born", "_leaving", "_max_age", "_pacer", "_period", "_sending_since", "_sent_at",
         "_settings", "_timer", "_waiter", "ended", "events",
     )  # fmt: skip
 
@@ -41,8 +41,7 @@ class Stream:
         self._abort = abort
         self._leaving = ""
         self._waiter: asyncio.Future[None] | None = None
-        self._pace = pace
-        self._pacer: asyncio.TimerHandle | None = None
+        self._pacer = Pacer(pace, self.nudge) if pace else None
         self._born = time.monotonic()
         self._sent_at = 0.0
         self._sending_since = 0.0
@@ -69,20 +68,11 @@ class Stream:
     # --- waiting
 
     def wake(self) -> None:
-        """Look again, if the pace allows it now."""
-        if not self._pace:
+        """Look again, as soon as the pace allows it."""
+        if self._pacer is None:
             self.nudge()
-        elif self._pacer is None:
-            now = asyncio.get_running_loop().time()
-            if time.monotonic() - self._sent_at >= self._pace:
-                self.nudge()
-            else:
-                at = (now // self._pace + 1) * self._pace
-                self._pacer = asyncio.get_running_loop().call_at(at, self._paced)
-
-    def _paced(self) -> None:
-        self._pacer = None
-        self.nudge()
+        else:
+            self._pacer.ask()
 
     def nudge(self) -> None:
         """Look again at once."""

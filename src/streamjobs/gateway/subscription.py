@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.events import look_up
 from streamjobs.gateway.follower import Beginning, Due, Follower
 from streamjobs.gateway.hub import Hub
+from streamjobs.gateway.pacing import Pacer
 from streamjobs.gateway.ring import CHUNK_BYTES
 from streamjobs.gateway.viewer import Manner
 from streamjobs.gateway.websocket import Parts
@@ -62,8 +62,19 @@ class Subscription:
     """Follows `job` for its owner. `events` counts those handed out; `is_over`: nothing more comes."""
 
     __slots__ = (
-        "_cursor", "_error", "_form", "_has_begun", "_head", "_opening", "_owner", "_pace", "_pacer",
-        "_source", "_taken_at", "events", "is_over", "job",
+        "_cursor",
+        "_error",
+        "_form",
+        "_has_begun",
+        "_has_taken",
+        "_head",
+        "_opening",
+        "_owner",
+        "_pacer",
+        "_source",
+        "events",
+        "is_over",
+        "job",
     )  # fmt: skip
 
     def __init__(self, job: str, cursor: Cursor | None, manner: Manner, owner: Owner) -> None:
@@ -71,14 +82,14 @@ class Subscription:
         self.events = 0
         self.is_over = False
         self._cursor = cursor
-        self._form, self._pace = manner
+        self._form = manner.form
         self._owner = owner
         self._head = messages.events_head(job)
         self._has_begun = False
         self._error: StreamjobsError | None = None
         self._source: Source | None = None
-        self._pacer: asyncio.TimerHandle | None = None
-        self._taken_at = 0.0
+        self._pacer = Pacer(manner.pace, self._mark) if manner.pace else None
+        self._has_taken = False
         self._opening: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -128,17 +139,13 @@ class Subscription:
     # --- when
 
     def wake_for(self, follower: Follower) -> None:
-        """See `Follows`: at multiples of the pace, but the first one after a pause and an end at once."""
-        loop = asyncio.get_running_loop()
-        is_due = time.monotonic() - self._taken_at >= self._pace
-        if not self._pace or is_due or follower.channel.end is not None:
-            self._owner.mark(self)
-        elif self._pacer is None:
-            at = (loop.time() // self._pace + 1) * self._pace
-            self._pacer = loop.call_at(at, self._mark_in_time)
+        """See `Follows`; an end is not held back."""
+        if self._pacer is None or follower.channel.end is not None:
+            self._mark()
+        else:
+            self._pacer.ask()
 
-    def _mark_in_time(self) -> None:
-        self._pacer = None
+    def _mark(self) -> None:
         self._owner.mark(self)
 
     def nudge_for(self, _follower: object) -> None:
@@ -159,7 +166,7 @@ class Subscription:
         """What is due now, one piece of events at most."""
         source = self._source
         due: Due | None = self._error if source is None else source.take()
-        if isinstance(due, JobNotFound) and isinstance(source, Follower) and not self._taken_at:
+        if isinstance(due, JobNotFound) and isinstance(source, Follower) and not self._has_taken:
             source.close()  # it was opened while Redis was away
             self._unpack()
             return []
@@ -179,7 +186,7 @@ class Subscription:
     def _messages(self, due: Due | None) -> list[Parts]:
         if due is None or isinstance(due, StreamjobsError):
             return []
-        self._taken_at = time.monotonic()
+        self._has_taken = True
         if isinstance(due, Beginning):
             self.events += 1
             view = messages.snapshot(self.job, due.snapshot)

@@ -289,7 +289,7 @@ async def supervise(settings: Settings, app: str | None, command: Sequence[str])
     with contextlib.ExitStack() as stack:
         ports: list[Port] = []
         for number in (settings.port, *([settings.ops_port] if settings.ops_port else [])):
-            ports.append(Port(settings.host, number, settings.send_buffer))
+            ports.append(Port(settings, number))
             stack.callback(ports[-1].close)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="streamjobs-metrics-"))
         fleet = Fleet(settings, app, command, ports, folder)
