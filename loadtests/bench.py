@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from loadtests.measure import calibrate
+from loadtests.processes import RunError
 from loadtests.progress import Progress
 from loadtests.report import Section
+
+Run = TypeVar("Run")
 
 
 @dataclass
@@ -19,6 +23,19 @@ class Bench:
     binary: str
     progress: Progress
     calibration: list[float] = field(default_factory=list)
+
+    def attempt(
+        self, label: str, measure: Callable[[], Run], spoken: Callable[[Run], str], failed: dict[str, str]
+    ) -> list[Run]:
+        """Take one step: a measurement that is said and returned, or noted in `failed` under its label."""
+        try:
+            run = measure()
+        except RunError as error:
+            failed[label] = f"failed: {error}"
+            self.progress.say(f"    failed: {error}")
+            return []
+        self.progress.say(f"    {spoken(run)}")
+        return [run]
 
     def sample_noise(self) -> None:
         """Run the calibration loop once; scenarios call this before and after each measurement."""

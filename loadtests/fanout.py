@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from loadtests.bench import Bench, Scenario
 from loadtests.crowd import READY
@@ -123,13 +124,9 @@ def run(bench: Bench) -> Section:
                 if (why := excused(system, size) or system.missing()) is not None:
                     failed[label] = why
                     continue
-                try:
-                    runs.append(measure(system, size, round_number, bench))
-                except RunError as error:
-                    failed[label] = f"failed: {error}"
-                    bench.progress.say(f"    failed: {error}")
-                else:
-                    bench.progress.say(f"    {_spoken(runs[-1])}")
+                runs += bench.attempt(
+                    label, partial(measure, system, size, round_number, bench), _spoken, failed
+                )
     return section(bench.options, runs, failed)
 
 
@@ -148,6 +145,7 @@ def _spoken(run: Run) -> str:
 # --- its part of the report
 
 
+CORES = "cores used by the serving process"
 HEADERS = (
     "viewers", "tokens/s each", "system", "tokens/s delivered", "CPU µs/token", "it / streamjobs",
     "of a core", "p50 ms", "p99 ms", "bytes/token", "reads/s a viewer", "KB a viewer", "viewers' CPU",
@@ -170,7 +168,7 @@ def section(options: argparse.Namespace, runs: Sequence[Run], failed: dict[str, 
         + [f"{label}: {why}" for label, why in failed.items()],
         data={"runs": [asdict(run) for run in runs]},
         failures=[f"fanout, {label}: {why}" for label, why in broken.items()],
-        charts=[_cost_chart(options, runs)],
+        charts=[_rate_chart(options, runs), _viewer_chart(options, runs)],
     )
 
 
@@ -199,19 +197,36 @@ def _row(size: Size, system: str, runs: Sequence[Run], failed: dict[str, str]) -
     ]
 
 
-def _cost_chart(options: argparse.Namespace, runs: Sequence[Run]) -> Chart:
+def _rate_chart(options: argparse.Namespace, runs: Sequence[Run]) -> Chart:
     """CPU of the serving process against the rate, at the first number of viewers."""
+    few = [run for run in runs if run.viewers == options.fan_viewers]
+    title = f"{options.fan_viewers:,} viewers of one text"
+    return Chart(
+        "fanout",
+        title,
+        "tokens/s offered to all viewers",
+        CORES,
+        _lines(few, lambda run: run.viewers * run.rate),
+    )
+
+
+def _viewer_chart(options: argparse.Namespace, runs: Sequence[Run]) -> Chart:
+    """CPU of the serving process against the viewers, at the first rate."""
+    slow = [run for run in runs if run.rate == options.fan_rates[0]]
+    title = f"A text of {options.fan_rates[0]:g} tokens/s"
+    return Chart("fanout-viewers", title, "viewers", CORES, _lines(slow, lambda run: run.viewers))
+
+
+def _lines(runs: Sequence[Run], x: Callable[[Run], float]) -> list[Line]:
+    """For each system the cores that it used, the mean of the rounds."""
     lines: list[Line] = []
     for system in SYSTEMS:
         points: dict[float, list[float]] = {}
         for run in runs:
-            if run.system == system.name and run.viewers == options.fan_viewers and run.cpu is not None:
-                points.setdefault(run.viewers * run.rate, []).append(run.cpu / run.seconds)
-        lines.append(Line(system.name, [(x, sum(y) / len(y)) for x, y in sorted(points.items())]))
-    title = f"{options.fan_viewers:,} viewers of one text"
-    return Chart(
-        "fanout", title, "tokens/s offered to all viewers", "cores used by the serving process", lines
-    )
+            if run.system == system.name and run.cpu is not None:
+                points.setdefault(x(run), []).append(run.cpu / run.seconds)
+        lines.append(Line(system.name, [(at, sum(of) / len(of)) for at, of in sorted(points.items())]))
+    return lines
 
 
 # --- its options

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from loadtests.bench import Bench, Scenario
@@ -106,12 +107,13 @@ def run(bench: Bench) -> Section:
                 if (why := system.missing()) is not None:
                     failed[f"{system.name}, {viewers:,}"] = why
                     continue
-                try:
-                    runs.append(measure(system, viewers, round_number, bench))
-                except RunError as error:
-                    failed[f"{system.name}, {viewers:,}"] = f"failed: {error}"
-                    bench.progress.say(f"    failed: {error}")
+                measured = partial(measure, system, viewers, round_number, bench)
+                runs += bench.attempt(f"{system.name}, {viewers:,}", measured, _spoken, failed)
     return section(bench.options, runs, failed)
+
+
+def _spoken(run: Run) -> str:
+    return f"{run.memory / 1024:.1f} KB a viewer" if run.memory is not None else "memory is not known here"
 
 
 HEADERS = (

@@ -20,7 +20,7 @@ from loadtests.measure import CpuClock, median_ratio, percentile
 from loadtests.peers import xrange_join
 from loadtests.processes import Child, RunError, python, run_to_end, running
 from loadtests.redis_server import Server, free_port, fresh_server, wait_for_port
-from loadtests.report import NOTHING, Section, Table, number, ratio, summary
+from loadtests.report import NOTHING, Chart, Line, Section, Table, number, ratio, summary
 from loadtests.streamjobs_peer import settings_env
 
 WRITE_TIMEOUT = 300.0
@@ -88,18 +88,17 @@ class Job:
 
 
 @contextlib.contextmanager
-def stage(bench: Bench) -> Iterator[tuple[Server, Job, dict[str, int]]]:
+def stage(bench: Bench, events: int) -> Iterator[tuple[Server, Job, dict[str, int]]]:
     """A running job whose history is sealed, and the same events in a plain stream."""
-    options = bench.options
     with fresh_server(bench.binary) as server:
         env = settings_env(server.url, lease=str(LEASE))
         with running("streamjobs projector", python("-m", "streamjobs", "projector"), env):
-            written = history("long", options.join_events, env=env)
+            written = history("long", events, env=env)
             copy = copy_plainly(server, written)
             last = {way.name: written["last"] if way.is_ours else copy["last"] for way in WAYS}
             ended: dict[str, int] = {}
             yield server, Job(written, last), ended
-            given = (written["job_id"], written["epoch"], written["batches"], options.join_events)
+            given = (written["job_id"], written["epoch"], written["batches"], events)
             ended |= history("end", *given, env=env) | {"plain": copy["held"]}
 
 
@@ -173,9 +172,14 @@ def run(bench: Bench) -> Section:
     """Write the job once, then measure each way `repeat` times, interleaved."""
     runs: list[Run] = []
     failed: dict[str, str] = {}
-    bench.progress.step(f"join: writing a job of {bench.options.join_events:,} deltas")
+    growth: list[tuple[int, Run]] = []
     try:
-        with stage(bench) as (server, job, ended):
+        for events in shorter(bench.options):
+            bench.progress.step(f"join: a job of {events:,} deltas")
+            with stage(bench, events) as (server, job, _):
+                growth.append((events, measure(OURS, 1, server, job, bench)))
+        bench.progress.step(f"join: writing a job of {bench.options.join_events:,} deltas")
+        with stage(bench, bench.options.join_events) as (server, job, ended):
             for round_number in range(1, bench.options.repeat + 1):
                 for way in WAYS:
                     bench.progress.step(f"join, round {round_number}: {way.name}")
@@ -185,7 +189,13 @@ def run(bench: Bench) -> Section:
         failed |= {way.name: f"failed: {error}" for way in WAYS if way.name not in {r.way for r in runs}}
         memory = []
         bench.progress.say(f"    failed: {error}")
-    return section(bench.options, runs, failed, memory)
+    growth += [(bench.options.join_events, run) for run in runs if run.way == OURS.name][:1]
+    return section(bench.options, runs, failed, memory, growth)
+
+
+def shorter(options: argparse.Namespace) -> list[int]:
+    """Lengths of other jobs, to see how the cost grows with it."""
+    return [options.join_events // part for part in options.join_parts]
 
 
 def _measure_into(
@@ -215,6 +225,9 @@ HEADERS = (
     "ms for each of them", "it / streamjobs, zstd", "bytes for each", "of the text", "Redis requests",
     "gateway CPU ms for each",
 )  # fmt: skip
+GROWTH_HEADERS = (
+    "deltas of the job", "one joins, p50 ms", "p99 ms", "all at once, p50 ms", "p99 ms", "bytes for each",
+)  # fmt: skip
 MEMORY_HEADERS = ("deltas so far", "text, bytes", "the job's keys, bytes", "of the text")
 
 
@@ -223,6 +236,7 @@ def section(
     runs: Sequence[Run],
     failed: dict[str, str],
     memory: Sequence[dict[str, Any]],
+    growth: Sequence[tuple[int, Run]] = (),
 ) -> Section:
     """Lay out the section; a way without numbers keeps its row, with the reason."""
     by_name = {way.name: [r for r in runs if r.way == way.name] for way in WAYS}
@@ -236,12 +250,23 @@ def section(
         "Redis requests are of all processes, those of loops that always run too.",
         tables=[
             Table(HEADERS, [_row(name, by_name, failed, text) for name in by_name]),
+            Table(GROWTH_HEADERS, [_growth_row(events, run) for events, run in growth]),
             Table(MEMORY_HEADERS, [_memory_row(sample) for sample in memory] + _plain_row(memory)),
         ],
         notes=[f"{name}: {why}" for name, why in failed.items()],
         data={"events": options.join_events, "runs": [asdict(r) for r in runs], "memory": list(memory)},
         failures=[f"join, {name}: {why}" for name, why in failed.items()],
+        charts=[_growth_chart(growth)],
     )
+
+
+def _growth_row(events: int, run: Run) -> list[str]:
+    return [number(events), *_cells([run.one_by_one]), *_cells([run.at_once]), number(run.received)]
+
+
+def _growth_chart(growth: Sequence[tuple[int, Run]]) -> Chart:
+    points = [(events, 1000 * (percentile(run.one_by_one, 0.5) or 0.0)) for events, run in growth]
+    return Chart("join", "One viewer joins a job", "deltas of the job", "p50, ms", [Line(OURS.name, points)])
 
 
 def _row(name: str, by_name: dict[str, list[Run]], failed: dict[str, str], text: int) -> list[str]:
@@ -290,18 +315,20 @@ def _plain_row(memory: Sequence[dict[str, Any]]) -> list[list[str]]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("join")
     group.add_argument("--join-events", type=int, default=100_000, help="deltas of the job (100,000)")
+    group.set_defaults(join_parts=(100, 10))
     group.add_argument("--join-viewers", type=int, default=500, help="viewers at once (500)")
     group.add_argument("--join-singles", type=int, default=100, help="viewers one by one (100)")
 
 
 def quicken(options: argparse.Namespace) -> None:
+    options.join_parts = ()
     options.join_events = min(options.join_events, 10_000)
     options.join_viewers = min(options.join_viewers, 50)
     options.join_singles = min(options.join_singles, 5)
 
 
 def steps(options: argparse.Namespace) -> int:
-    return 1 + options.repeat * len(WAYS)
+    return len(shorter(options)) + 1 + options.repeat * len(WAYS)
 
 
 SCENARIO = Scenario("join", "viewers join a long job", add_options, quicken, steps, run)

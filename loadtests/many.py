@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from loadtests.bench import Bench, Scenario
 from loadtests.fanout import wait_until_open
@@ -92,17 +93,12 @@ def measure(jobs: int, round_number: int, bench: Bench) -> Run:
 def run(bench: Bench) -> Section:
     """Measure each size `repeat` times."""
     runs: list[Run] = []
-    failed: dict[int, str] = {}
+    failed: dict[str, str] = {}
     for round_number in range(1, bench.options.repeat + 1):
         for jobs in sizes(bench.options):
             bench.progress.step(f"many, round {round_number}: {jobs:,} jobs")
-            try:
-                runs.append(measure(jobs, round_number, bench))
-            except RunError as error:
-                failed[jobs] = f"failed: {error}"
-                bench.progress.say(f"    failed: {error}")
-            else:
-                bench.progress.say(f"    p99 {runs[-1].delays['p99']:,.0f} ms")
+            measured = partial(measure, jobs, round_number, bench)
+            runs += bench.attempt(str(jobs), measured, lambda run: f"p99 {run.delays['p99']:,.0f} ms", failed)
     return section(bench.options, runs, failed)
 
 
@@ -116,7 +112,7 @@ HEADERS = (
 )
 
 
-def section(options: argparse.Namespace, runs: Sequence[Run], failed: dict[int, str]) -> Section:
+def section(options: argparse.Namespace, runs: Sequence[Run], failed: dict[str, str]) -> Section:
     """Lay out the section."""
     points = {jobs: [run.delays["p99"] for run in runs if run.jobs == jobs] for jobs in sizes(options)}
     line = Line("p99", [(jobs, sum(of) / len(of)) for jobs, of in points.items() if of])
@@ -133,10 +129,10 @@ def section(options: argparse.Namespace, runs: Sequence[Run], failed: dict[int, 
     )
 
 
-def _row(jobs: int, options: argparse.Namespace, runs: Sequence[Run], failed: dict[int, str]) -> list[str]:
+def _row(jobs: int, options: argparse.Namespace, runs: Sequence[Run], failed: dict[str, str]) -> list[str]:
     mine = [run for run in runs if run.jobs == jobs]
     if not mine:
-        return [number(jobs), failed.get(jobs, NOTHING), *[NOTHING] * (len(HEADERS) - 2)]
+        return [number(jobs), failed.get(str(jobs), NOTHING), *[NOTHING] * (len(HEADERS) - 2)]
     cores = ", ".join(percent(sum(run.cores[name] for run in mine) / len(mine)) for name in mine[0].cores)
     return [
         number(jobs),

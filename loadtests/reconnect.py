@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from loadtests.bench import Bench, Scenario
@@ -102,14 +103,12 @@ def run(bench: Bench) -> Section:
     for round_number in range(1, bench.options.repeat + 1):
         for way, meaning in WAYS.items():
             bench.progress.step(f"reconnect, round {round_number}: {meaning}")
-            try:
-                runs.append(measure(way, round_number, bench))
-            except RunError as error:
-                failed[way] = f"failed: {error}"
-                bench.progress.say(f"    failed: {error}")
-            else:
-                bench.progress.say(f"    all have gone on after {1000 * max(runs[-1].seconds):,.0f} ms")
+            runs += bench.attempt(way, partial(measure, way, round_number, bench), _spoken, failed)
     return section(bench.options, runs, failed)
+
+
+def _spoken(run: Run) -> str:
+    return f"all have gone on after {1000 * max(run.seconds):,.0f} ms"
 
 
 HEADERS = (
