@@ -250,8 +250,8 @@ def section(
         "Redis requests are of all processes, those of loops that always run too.",
         tables=[
             Table(HEADERS, [_row(name, by_name, failed, text) for name in by_name]),
-            Table(GROWTH_HEADERS, [_growth_row(events, run) for events, run in growth]),
             Table(MEMORY_HEADERS, [_memory_row(sample) for sample in memory] + _plain_row(memory)),
+            Table(GROWTH_HEADERS, [_growth_row(events, run) for events, run in growth]),
         ],
         notes=[f"{name}: {why}" for name, why in failed.items()],
         data={"events": options.join_events, "runs": [asdict(r) for r in runs], "memory": list(memory)},
