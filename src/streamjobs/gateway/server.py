@@ -10,6 +10,7 @@ Rule 4: no access log: it would print query strings, and with them tokens. `edge
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import urllib.parse
@@ -19,6 +20,7 @@ from typing import Any, cast
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from streamjobs.config import Settings
@@ -57,6 +59,51 @@ def listen(settings: Settings, port: int, *, is_shared: bool = False) -> socket.
     return listener
 
 
+class _Flow(FlowControl):
+    """uvicorn's, without the event that it keeps for each connection: an empty deque is 0.7 KB."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = self.write_paused = False
+        self._drained: asyncio.Future[None] | None = None
+
+    async def drain(self) -> None:
+        """Wait until writing goes on. Of several who wait each is told."""
+        while self.write_paused:
+            if self._drained is None:
+                self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._drained)
+
+    def pause_writing(self) -> None:
+        """Something waits for the socket."""
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        """Nothing does, or nobody is there any more."""
+        self.write_paused = False
+        drained, self._drained = self._drained, None
+        if drained is not None:
+            drained.set_result(None)
+
+
+class _Pipeline(list[Any]):
+    """Requests that came before the answer to the one before them, mostly none: see `_Flow`."""
+
+    def appendleft(self, request: Any) -> None:
+        """As of a deque."""
+        self.insert(0, request)
+
+
+class _Unheard:
+    """In place of the event that `receive()` waits for, once a stream has its own way to hear of the end."""
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+
+_UNHEARD = _Unheard()
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's protocol; its connections can be broken and listened to, and must send a head in time.
 
@@ -75,6 +122,8 @@ class Protocol(HttpToolsProtocol):
         """Start the clock for the first request's head."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)
+        self.flow = _Flow(transport)
+        self.pipeline = cast("Any", _Pipeline())
         self._hear_lost: Callable[[], None] | None = None
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._give_up)
         self._head_size: int | None = None
@@ -151,6 +200,7 @@ class Protocol(HttpToolsProtocol):
 
     def _on_lost(self, hear: Callable[[], None] | None) -> None:
         self._hear_lost = hear
+        self.cycle.message_event = cast("Any", _UNHEARD)
         if hear is not None and self.transport.is_closing():
             self.cycle.disconnected = True  # uvicorn is about to notice, and would log an error until then
             hear()
