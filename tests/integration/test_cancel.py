@@ -148,6 +148,7 @@ def app_with_tools() -> App:
     @app.tool(timeout=60.0)
     def threaded(ctx: ToolContext) -> str:
         """Work in a thread, and ask now and then whether that is still wanted."""
+        BEGUN.set()
         while not ctx.is_cancelled:
             time.sleep(0.01)
         STOPPED.set()
@@ -162,17 +163,20 @@ def app_with_tools() -> App:
     return app
 
 
-STOPPED = threading.Event()
+BEGUN, STOPPED = threading.Event(), threading.Event()
 
 
 @pytest.mark.parametrize("tool", ["waits", "threaded", "pays"])
 async def test_a_running_tool_is_stopped_and_its_outcome_said_to_be_unknown(redis: RedisProcess, tool: str):
     """Whether a payment went out is a question that a log must not answer with a guess, or with nothing."""
+    BEGUN.clear()
     STOPPED.clear()
     scenario = Scenario(turns=[Turn(tool_calls=[ScriptedCall(name=tool)]), Turn(text="never said")])
     async with talking(redis.url, scenario, app_with_tools()) as bench:
         job_id = await bench.chat(tools=[tool])
         await bench.until(job_id, "tool.started")
+        if tool == "threaded":
+            await wait_until(BEGUN.is_set, what="the thread")  # one that has not begun never does
         assert await bench.store.jobs.cancel(job_id) == "requested"
         await cancelled(bench, job_id)
         kinds = [kind for kind in await bench.types(job_id) if kind.startswith("tool.")]

@@ -115,8 +115,7 @@ class Channel:
         for timer in (self._flush_timer, self._position_timer):
             if timer is not None:
                 timer.cancel()
-        for task in tuple(self._tasks):
-            task.cancel()
+        self._hub.cancel(self._tasks)
         if self._subscribed:
             self._hub.spawn(self._hub.store.live.unsubscribe(self.job_id, self))
 

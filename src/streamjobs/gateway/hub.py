@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import structlog
@@ -91,6 +91,7 @@ class Hub:
             self.drop(channel)
         for feed in tuple(self._feeds.values()):
             self.drop_feed(feed)
+        self.cancel([*self._heads.values(), *self.snapshots.folding])
         await asyncio.gather(*self._tasks, *self._loops, return_exceptions=True)
 
     @property
@@ -259,6 +260,13 @@ class Hub:
         loop = asyncio.get_running_loop()
         for stream in self._streams:
             loop.call_later(random.uniform(0, self.settings.heartbeat_interval / 3), stream.remind)
+
+    def cancel(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """End tasks that read Redis; the hub's own end waits for theirs, since then the store may close."""
+        for task in tuple(tasks):
+            task.cancel()
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
         """Run something that must not be cut off in the middle; errors on purpose are logged."""

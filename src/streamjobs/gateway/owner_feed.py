@@ -67,8 +67,7 @@ class OwnerFeed:
         """Free everything."""
         if self._flush_timer is not None:
             self._flush_timer.cancel()
-        for task in tuple(self._tasks):
-            task.cancel()
+        self._hub.cancel(self._tasks)
         self._hub.spawn(self._hub.store.live.unsubscribe_owner(self.owner, self))
 
     async def _subscribe(self) -> None:

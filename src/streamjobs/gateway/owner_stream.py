@@ -123,8 +123,7 @@ class OwnerStream(EventStream):
     def close(self) -> None:
         """Free everything about it."""
         super().close()
-        for task in self._admitting:
-            task.cancel()
+        self._hub.cancel(self._admitting)
         for follower in self._followers.values():
             if follower is not None:
                 follower.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from streamjobs.cursor import START, Cursor
@@ -53,6 +54,11 @@ class Snapshots:
     def held(self) -> int:
         """How many folds are kept or under way."""
         return len(self._kept) + len(self._folding)
+
+    @property
+    def folding(self) -> Iterable[asyncio.Task[Snapshot]]:
+        """Folds under way."""
+        return self._folding.values()
 
     async def latest(self, job_id: str, at_least: Cursor = START) -> Snapshot:
         """The view of a job as it stands now, and in any case not before `at_least`.

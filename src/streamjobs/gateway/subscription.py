@@ -102,9 +102,10 @@ class Subscription:
 
     def close(self) -> None:
         """Free everything."""
-        for waiting in (self._opening, self._pacer):
-            if waiting is not None:
-                waiting.cancel()
+        if self._opening is not None:
+            self._owner.hub.cancel([self._opening])
+        if self._pacer is not None:
+            self._pacer.cancel()
         if self._source is not None:
             self._source.close()
             self._source = None
