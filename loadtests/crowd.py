@@ -111,11 +111,12 @@ class Watchful(Viewer):
             return
         now = 1000 * time.time()
         whole, end, self.rest = (self.rest + data).rpartition(b"\n\n")
-        for number in NUMBERS.findall(whole + end)[: self.crowd.plan.tokens - self.next]:
+        left = self.crowd.plan.tokens - self.next
+        instants = self.crowd.instants.findall(whole)
+        self.crowd.delays += [now - int(instant) for instant in instants[:left]]
+        for number in NUMBERS.findall(whole + end)[:left]:
             self.crowd.holes += int(number) != self.next
             self.next = int(number) + 1
-        if MARK in whole:
-            self.crowd.delays += [now - int(instant) for instant in self.crowd.instants.findall(whole)]
         super().data_received(data)
 
 

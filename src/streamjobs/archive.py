@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import re
+import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -36,6 +39,8 @@ _MAX_LINE = 128 * 1024 * 1024
 _JOB_ID = re.compile(r"j(?:0|[1-9]\d{0,3})-([a-z2-7]{2})[a-z2-7]{24}", re.ASCII)
 
 Result = TypeVar("Result")
+File = TypeVar("File", "_Writer", "_Reader")
+Run = Callable[..., Any]
 
 
 class DamagedArchive(StreamjobsError):  # noqa: N818 - named after what happened, as all of ours
@@ -105,21 +110,10 @@ class Archive:
         Raises `ArchiveUnavailable`, `DamagedArchive` where what is there then is something else, and
         `StreamjobsError` where the pages do not hold what the header says.
         """
-        name = name_of(header.id)
-        staged = await self._run(self._target.stage, name)
-        try:
-            writer = _Writer(staged.open("wb"), header)
-            try:
-                async for entries in pages:
-                    await self._run(writer.add, list(entries))
-            finally:
-                await self._run(writer.close)
-            writer.check()
-            await self._run(self._target.commit, staged, name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._target.discard(staged)
-            raise
+        async with self._held(lambda: _Writer(self._target, header)) as (writer, run):
+            async for entries in pages:
+                await run(writer.add, list(entries))
+            await run(writer.commit)
         await self._verify(header)
 
     async def _verify(self, header: Header) -> None:
@@ -136,17 +130,15 @@ class Archive:
     async def reading(self, job_id: str) -> AsyncGenerator[Reading]:
         """Read a job's file. Raises `JobNotFound`, `ArchiveUnavailable`, `DamagedArchive`."""
         name = name_of(job_id)
-        try:
-            reader = await self._run(lambda: _Reader(self._target.open(name)))
-        except FileNotFoundError as error:
-            raise JobNotFound("no such job") from error
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                held = self._held(lambda: _Reader(self._target.open(name)))
+                reader, run = await stack.enter_async_context(held)
+            except FileNotFoundError as error:
+                raise JobNotFound("no such job") from error
             if reader.header.id != job_id:
                 raise DamagedArchive(f"the file of {job_id} is about another job")
-            yield Reading(reader, self._run)
-        finally:
-            with contextlib.suppress(ArchiveUnavailable):
-                await self._run(reader.close)
+            yield Reading(reader, run)
 
     async def remove(self, job_id: str) -> bool:
         """Remove a job's file; False where there is none. Raises `ArchiveUnavailable`."""
@@ -155,11 +147,34 @@ class Archive:
         except (FileNotFoundError, JobNotFound):
             return False
 
+    @contextlib.asynccontextmanager
+    async def _held(self, make: Callable[[], File]) -> AsyncGenerator[tuple[File, Run]]:
+        """An open file and how to use it: one thing after the other, and closed whatever comes.
+
+        Who waits may go first, cancelled or too late. What it began is still at work in its thread then, and
+        the file is closed behind it.
+        """
+        turn = threading.Lock()
+        making = self._threads.submit(_translated, make)
+        try:
+            file = await self._outcome(making)
+        except BaseException:
+            making.add_done_callback(_close_made)
+            raise
+        try:
+            yield file, functools.partial(self._run, _in_turn, turn)
+        finally:
+            with contextlib.suppress(ArchiveUnavailable):
+                await self._run(_in_turn, turn, file.close)
+
     async def _run(self, act: Callable[..., Result], *arguments: Any) -> Result:
-        loop = asyncio.get_running_loop()
+        return await self._outcome(self._threads.submit(_translated, act, *arguments))
+
+    async def _outcome(self, begun: Future[Result]) -> Result:
+        """Wait, but never take back what waits for a thread: that may be what closes a file."""
         try:
             async with asyncio.timeout(self._timeout):
-                return await loop.run_in_executor(self._threads, _translated, act, *arguments)
+                return await asyncio.shield(asyncio.wrap_future(begun))
         except TimeoutError as error:
             raise ArchiveUnavailable(f"the archive did not answer within {self._timeout:g} s") from error
 
@@ -169,10 +184,20 @@ def _translated(act: Callable[..., Result], *arguments: Any) -> Result:
         return act(*arguments)
 
 
+def _in_turn(turn: threading.Lock, act: Callable[..., Result], *arguments: Any) -> Result:
+    with turn:
+        return act(*arguments)
+
+
+def _close_made(making: Future[Any]) -> None:
+    if making.exception() is None:
+        making.result().close()
+
+
 class Reading:
     """A job's file while it is read; from its first event, or from behind one."""
 
-    def __init__(self, reader: _Reader, run: Callable[..., Any]) -> None:
+    def __init__(self, reader: _Reader, run: Run) -> None:
         self._reader = reader
         self._run = run
         self.header = reader.header
@@ -187,14 +212,24 @@ class Reading:
 
 
 class _Writer:
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, target: Target, header: Header) -> None:
+        self._target = target
         self._header = header
-        self._file = file
-        compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
-        self._out: Any = compressor.stream_writer(file)
-        self._out.write(encode_json(header) + b"\n")
         self._seq = 0
         self._last = START
+        self._staged: Path | None = target.stage(name_of(header.id))
+        try:
+            self._file = self._staged.open("wb")
+        except BaseException:
+            self._discard()
+            raise
+        try:
+            compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+            self._out: Any = compressor.stream_writer(self._file)
+            self._out.write(encode_json(header) + b"\n")
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -204,15 +239,29 @@ class _Writer:
                 raise StreamjobsError(f"the log of {self._header.id} has a hole before {entry.cursor}")
         self._out.write(b"".join(map(line_of, entries)))
 
-    def close(self) -> None:
+    def commit(self) -> None:
+        """Give the file its name. Raises unless all of it was written."""
         self._out.close()
-
-    def check(self) -> None:
-        """Raise unless all of it was written."""
         if self._seq != self._header.events or self._last != self._header.cursor:
             raise StreamjobsError(
                 f"the log of {self._header.id} ends at {self._last}, not {self._header.last}"
             )
+        if self._staged is not None:
+            self._target.commit(self._staged, name_of(self._header.id))
+            self._staged = None
+
+    def close(self) -> None:
+        """Without a name, it is removed."""
+        try:
+            self._file.close()
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._staged is not None:
+            with contextlib.suppress(OSError):
+                self._target.discard(self._staged)
+            self._staged = None
 
 
 class _Reader:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import json
+import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -19,6 +22,7 @@ from streamjobs.cursor import START, Cursor
 from streamjobs.errors import ArchiveUnavailable, ConfigError, JobNotFound, StreamjobsError
 from streamjobs.segments import Entry
 from streamjobs.targets import Folder, target_of
+from tests.conftest import wait_until
 
 JOB = "j0-" + "ab" * 13
 ENTRIES = [
@@ -176,6 +180,33 @@ class Broken(Folder):
         content = staged.read_bytes()
         staged.write_bytes(content[: len(content) // 2])
         super().commit(staged, name)
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_who_is_cancelled_leaves_no_file_open(folder: Archive, tmp_path: Path, cancels: int):
+    """A projector that stops would keep files open, and what it had begun would fill the disk."""
+
+    async def stopped(work: Coroutine[Any, Any, Any], after: int) -> None:
+        task = asyncio.ensure_future(work)
+        for pause in (after, *[1] * (cancels - 1)):
+            for _ in range(pause):
+                await asyncio.sleep(0.0002)
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    def opened() -> list[str]:
+        held = (os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+        return [path for path in held if path.startswith(str(tmp_path))]
+
+    for after in range(40):
+        await stopped(folder.write(header_of(ENTRIES), pages_of(ENTRIES, 2)), after)
+        await wait_until(lambda: not opened() and not list(tmp_path.rglob(".*")))
+    await folder.write(header_of(ENTRIES), pages_of(ENTRIES))
+    for after in range(20):
+        await stopped(read(folder, limit=2), after)
+        await wait_until(lambda: not opened())
+    assert await read(folder) == ENTRIES
 
 
 async def test_what_was_written_is_read_back(tmp_path: Path):
