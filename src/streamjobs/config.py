@@ -28,10 +28,16 @@ _MAX_PORT = 65535
 _MAX_WATCHED = 64
 _FOREVER = 10 * 365 * 86400.0
 _OTHER_VARIABLES = frozenset(
-    {"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS", "STREAMJOBS_SERVE_SLOT"}
+    {
+        "STREAMJOBS_URL",
+        "STREAMJOBS_TOKEN",
+        "STREAMJOBS_FAULT",
+        "STREAMJOBS_TEST_REDIS",
+        "STREAMJOBS_SERVE_SLOT",
+    }
 )
-"""Ours, but no settings: the gateway of the client commands, an armed fault point, the tests' server, and
-which of the processes of one port this is."""
+"""Ours, but no settings: the gateway of the client commands and the credential for it, an armed fault point,
+the tests' server, and which of the processes of one port this is."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -268,6 +274,42 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     page_bytes: int = 256 * 1024
     """Bytes in one page of a log, about."""
 
+    # --- who asks
+    auth: tuple[str, ...] = ()
+    """How the gateway knows who asks, in this order: `keys`, `jwt`, `proxy`, `module:function`; as text with
+    commas. Empty: everybody may do everything, and only this machine can reach it; `open`: anybody can."""
+    auth_cookie: str = ""
+    """A cookie that may carry the credential, for pages of our own origin; empty: none."""
+    auth_cache: float = 5.0
+    """How long a gateway believes what it read of an API key: a revoked one works on for this long."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may use the API, such as `https://app.example`. As text: with commas."""
+    jwt_secrets: tuple[str, ...] = ()
+    """Shared secrets for HS256; with two, one can be replaced. As text: with commas."""
+    jwt_jwks_url: str = ""
+    """Where the public keys for RS256 and ES256 are."""
+    jwt_jwks_ttl: float = 300.0
+    """How long they are used before they are fetched again."""
+    jwt_issuer: str = ""
+    """What a token's `iss` must be; empty: anything. Needed with `jwt_jwks_url`."""
+    jwt_audience: str = ""
+    """What a token's `aud` must hold; empty: anything. Needed with `jwt_jwks_url`."""
+    jwt_leeway: float = 30.0
+    """How far the issuer's clock may be from ours."""
+    jwt_tenant_claim: str = "tenant"
+    """The claim that names the tenant; who has none is of the tenant `default`."""
+    jwt_scope_claim: str = "scope"
+    """The claim that names scopes; who has none may read and write his own jobs."""
+    token_keys: tuple[str, ...] = ()
+    """What stream tokens are signed with, as `name:secret`; the first signs, all verify.
+    Empty: Redis keeps one."""
+    token_ttl: float = 300.0
+    """How long a stream token is good for; a stream that was opened with one is sent the next in time."""
+    token_max_age: float = 12 * 3600.0
+    """How long that goes on, until a real credential is needed again."""
+    access_log: bool = False
+    """Whether each request is logged: its route's template, never its path or query."""
+
     # --- notifications
     notice_cap: int = 1000
     """Notices that an owner's feed keeps; the oldest leave it first."""
@@ -358,7 +400,17 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow"}:
+    if name not in {
+        "queues",
+        "priority_weights",
+        "projections",
+        "retention_policies",
+        "webhook_allow",
+        "auth",
+        "cors_origins",
+        "jwt_secrets",
+        "token_keys",
+    }:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -400,6 +452,7 @@ _POSITIVE = (
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
     "serve_workers", "serve_restart_cap",
     "projector_concurrency", "archive_timeout",
+    "jwt_jwks_ttl", "token_ttl", "token_max_age",
 )  # fmt: skip
 
 
@@ -411,6 +464,10 @@ def _check_choices(settings: Settings) -> None:
     for name in ("port", "ops_port"):
         if getattr(settings, name) > _MAX_PORT:
             raise ConfigError(f"setting {name!r}: at most {_MAX_PORT}")
+    if "*" in settings.cors_origins and settings.auth_cookie:
+        raise ConfigError(
+            "setting 'cors_origins': not every origin (*) where cookies are taken (auth_cookie)"
+        )
     if not settings.queues or not all(_QUEUE.fullmatch(queue) for queue in settings.queues):
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:

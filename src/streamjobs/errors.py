@@ -73,6 +73,42 @@ class JobNotFound(StreamjobsError):
     code, http_status = "not_found", 404
 
 
+class Unauthenticated(StreamjobsError):
+    """Nobody is known to have sent this: no credential, or one that is not good (any more)."""
+
+    code, http_status = "unauthenticated", 401
+
+
+class Forbidden(StreamjobsError):
+    """Who asks is known, and may not do this."""
+
+    code, http_status = "forbidden", 403
+
+
+class ForeignOrigin(StreamjobsError):
+    """A page of another site asks for what only our own pages, and configured ones, may do."""
+
+    code, http_status = "foreign_origin", 403
+
+
+class IdentityUnavailable(StreamjobsError):
+    """The keys that tokens are checked with cannot be fetched. Try again."""
+
+    code, http_status, retryable = "identity_unavailable", 503, True
+
+
+class KeyNotFound(StreamjobsError):
+    """No API key has this id."""
+
+    code, http_status = "not_found", 404
+
+
+class TooManyKeys(Invalid):
+    """There are as many API keys as there may be."""
+
+    code = "too_many_keys"
+
+
 class ScheduleNotFound(StreamjobsError):
     """No such schedule: never made, deleted, or somebody else's."""
 

@@ -214,6 +214,12 @@ CANARY_LAST_OK = Gauge(
 HTTP_REQUESTS = Counter(
     "streamjobs_http_requests", "Answers by route template and status", ["route", "status"], registry=REGISTRY
 )
+ACCESS = Counter(
+    "streamjobs_access",
+    "Requests by what was decided of them: admitted, unauthenticated, forbidden, not_found, error",
+    ["verdict"],
+    registry=REGISTRY,
+)
 HTTP_SECONDS = Histogram(
     "streamjobs_http_seconds", "Time to the head of the answer", ["route"], buckets=_FAST, registry=REGISTRY
 )

@@ -31,10 +31,10 @@ from streamjobs.errors import StreamjobsError
 from streamjobs.store.doctor import CHECKS, Report, Violation
 
 COMMANDS = [
-    "approve", "canary", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "export",
-    "list", "log", "notifications", "pause", "projections", "projector", "provider", "queues", "rerun",
-    "result", "resume", "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit",
-    "unstrike", "watch", "webhooks", "worker", "workers",
+    "approve", "canary", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects",
+    "export", "keys", "list", "log", "notifications", "pause", "projections", "projector", "provider",
+    "queues", "rerun", "result", "resume", "schedules", "serve", "signal", "stats", "status", "strike",
+    "strikes", "submit", "unstrike", "watch", "webhooks", "worker", "workers",
 ]  # fmt: skip
 HEAVY = [
     "starlette",
@@ -96,6 +96,8 @@ def test_examples_are_commands_that_exist():
         for line in (line for line in lines if line.startswith("streamjobs ")):
             words = line.split("   ")[0].split(" | ")[0].split()
             command = cli.commands[words[1]]
+            if isinstance(command, click.Group) and words[2] in command.commands:
+                command = command.commands[words[2]]
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known, line
 

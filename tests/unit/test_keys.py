@@ -28,6 +28,7 @@ NAMES = {
     "sj:{0}:timers": ("zset", "live"),
     "sj:{0}:held": ("zset", "live"),
     "sj:{0}:held:default|anna": ("zset", "live"),
+    "sj:{0}:apikeys": ("hash", "capped"),
     "sj:{0}:strikes": ("hash", "live"),
     "sj:{0}:dead": ("zset", "capped"),
     "sj:{0}:running:anna@example.org": ("set", "live"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from streamjobs.cli import options
-from streamjobs.cli.options import gateway_options
+from streamjobs.cli.options import gateway_options, gateway_token
 
 if TYPE_CHECKING:
     from streamjobs.client.canary import Song
@@ -45,7 +45,10 @@ async def _sing(url: str, owner: str, interval: float, timeout: float, once: boo
     from streamjobs.client.canary import OWNER, Canary, Flaw
 
     limits = httpx.Timeout(timeout)
-    headers = {"x-streamjobs-owner": owner or OWNER}
+    token = gateway_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    if owner or not token:
+        headers["x-streamjobs-owner"] = owner or OWNER
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=limits, trust_env=False) as http:
         singer = Canary(http, timeout=timeout)
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -37,7 +38,7 @@ def settings_options(command: Command) -> Command:
 def gateway_options(command: Command) -> Command:
     """Add --url and --owner, for commands that talk to a gateway."""
     for option in (
-        click.option("--owner", default="", help="Act as this owner."),
+        click.option("--owner", default="", help="Act as this owner; $STREAMJOBS_TOKEN says who asks."),
         click.option(
             "--url",
             envvar="STREAMJOBS_URL",
@@ -62,8 +63,13 @@ def ask(url: str, owner: str, call: Callable[[Client], Awaitable[Result]]) -> Re
 async def _asked(url: str, owner: str, call: Callable[[Client], Awaitable[Result]]) -> Result:
     from streamjobs.client import Client
 
-    async with Client(url, owner=owner) as client:
+    async with Client(url, owner=owner, token=gateway_token()) as client:
         return await call(client)
+
+
+def gateway_token() -> str:
+    """The credential for the gateway; a variable, since command lines are seen by others."""
+    return os.environ.get("STREAMJOBS_TOKEN", "")
 
 
 def json_value(option: str, text: str) -> Any:

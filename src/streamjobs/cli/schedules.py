@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from streamjobs.cli.options import gateway_options, run
+from streamjobs.cli.options import gateway_options, gateway_token, run
 from streamjobs.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _ask(url: str, owner: str, act: Callable[[SchedulesClient], Awaitable[Result
     from streamjobs.client import Client
 
     async def ask() -> Result:
-        async with Client(url, owner=owner) as client:
+        async with Client(url, owner=owner, token=gateway_token()) as client:
             return await act(client.schedules)
 
     return run(ask())

@@ -72,10 +72,15 @@ class WatchedEvent(NamedTuple):
 
 
 class Client:
-    """Talks to one gateway. Use as `async with Client(url) as client`."""
+    """Talks to one gateway. Use as `async with Client(url, token=…) as client`.
 
-    def __init__(self, base_url: str, *, owner: str = "", patience: float = 30.0) -> None:
+    `token` is an API key or a JWT; `owner` whom to act as, where that is allowed.
+    """
+
+    def __init__(self, base_url: str, *, owner: str = "", token: str = "", patience: float = 30.0) -> None:
         headers = {"x-streamjobs-owner": owner} if owner else {}
+        if token:
+            headers["authorization"] = f"Bearer {token}"
         timeout = httpx.Timeout(10.0, read=90.0)
         try:
             self._http = httpx.AsyncClient(

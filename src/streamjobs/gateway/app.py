@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 import uvloop
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamjobs.archive import Archive
 from streamjobs.config import Settings
+from streamjobs.gateway.access import Access
 from streamjobs.gateway.act import ActRoutes
 from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.catalog import CatalogRoutes
@@ -29,11 +30,13 @@ from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.look import LookRoutes
 from streamjobs.gateway.notices import NoticeRoutes
 from streamjobs.gateway.operate import OperateRoutes
+from streamjobs.gateway.origin import with_cors
 from streamjobs.gateway.owner_stream import OwnerEvents
 from streamjobs.gateway.probes import Probes
 from streamjobs.gateway.schedules import ScheduleRoutes
 from streamjobs.gateway.server import Server, listen
 from streamjobs.gateway.stop import Stop
+from streamjobs.gateway.tokens import TokenRoutes
 from streamjobs.gateway.ws import SocketRoutes
 from streamjobs.store import Store
 from streamjobs.store.sweeper import Sweeper
@@ -55,12 +58,14 @@ class Gateway:
         archive = Archive.of(settings.archive_url, settings.archive_timeout)
         archived = Archived(archive, settings, store.snapshots.caps)
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
-        sockets = SocketRoutes(self.hub, archived)
+        access = Access(store, self.hub, archived, settings)
+        sockets = SocketRoutes(self.hub, archived, access)
         api = [
             *JobRoutes(store, self.hub, registry, settings).routes(),
             *LookRoutes(store, self.hub, archived, settings).routes(),
-            Route("/v1/jobs/{id}/events", Events(self.hub, archived), methods=["GET"]),
-            Route("/v1/events", OwnerEvents(self.hub), methods=["GET"]),
+            Route("/v1/jobs/{id}/events", Events(self.hub, archived, access), methods=["GET"]),
+            Route("/v1/events", OwnerEvents(self.hub, access), methods=["GET"]),
+            *TokenRoutes(access).routes(),
             *sockets.routes(),
             *ActRoutes(store, self.hub.snapshots, archived, settings).routes(),
             *ScheduleRoutes(store, registry, settings).routes(),
@@ -68,8 +73,10 @@ class Gateway:
             *CatalogRoutes(registry).routes(),
             *OperateRoutes(store, settings).routes(),
         ]
-        self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)], sockets.sockets())
+        routes = access.guarded([*api, *([] if settings.ops_port else probes)])
+        guarded = routed(routes, map(access.guarded_socket, sockets.sockets()), is_logged=settings.access_log)
+        self.ops: ASGIApp = routed(probes, is_logged=settings.access_log)
+        self.asgi: ASGIApp = with_cors(guarded, settings)
 
     async def start(self) -> None:
         """Start the loops."""
@@ -89,9 +96,12 @@ class Gateway:
         await self.hub.aclose()
 
 
-def routed(routes: list[Route], sockets: Sequence[WebSocketRoute] = ()) -> ASGIApp:
+def routed(
+    routes: list[Route], sockets: Iterable[WebSocketRoute] = (), *, is_logged: bool = False
+) -> ASGIApp:
     """An ASGI app of these routes; what they do not have and what goes wrong become problem documents."""
-    return Edge(Router([*routes, *sockets, *_other_methods(routes)], redirect_slashes=False))
+    router = Router([*routes, *sockets, *_other_methods(routes)], redirect_slashes=False)
+    return Edge(router, is_logged=is_logged)
 
 
 def _other_methods(routes: list[Route]) -> list[Route]:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamjobs import metrics
 from streamjobs.gateway.problems import answer_to
+from streamjobs.gateway.requests import PRINCIPAL
 from streamjobs.gateway.stream import Wire
 from streamjobs.gateway.websocket import WebSocket
 
@@ -29,17 +30,18 @@ _STATUSES = {"websocket.accept": 101, "websocket.close": 403}
 
 
 class Edge:
-    """Wraps an ASGI app."""
+    """Wraps an ASGI app. `is_logged`: whether each request is told at level info."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, is_logged: bool = False) -> None:
         self._app = app
+        self._log = log.info if is_logged else log.debug
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; an error becomes an answer, or breaks the connection if one has begun."""
         if scope["type"] not in {"http", "websocket"}:
             return
         scope["app"] = self  # makes the router raise for unknown paths and methods
-        sending = _Sending(scope, send)
+        sending = _Sending(scope, send, self._log)
         try:
             await self._app(scope, receive, sending)
         except Exception as error:  # noqa: BLE001 - the last one to see it; it is answered and logged
@@ -53,9 +55,10 @@ class Edge:
 class _Sending:
     """`send` that knows whether the answer has begun, and adds what every answer has."""
 
-    __slots__ = ("_scope", "_send", "_started", "has_begun")
+    __slots__ = ("_log", "_scope", "_send", "_started", "has_begun")
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, tell: Callable[..., None]) -> None:
+        self._log = tell
         self._scope = scope
         self._send = send
         self._started = time.perf_counter()
@@ -71,8 +74,17 @@ class _Sending:
         message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
         route, status = route_of(self._scope), message.get("status") or _STATUSES[message["type"]]
         metrics.HTTP_REQUESTS.labels(route, str(status)).inc()
-        metrics.HTTP_SECONDS.labels(route).observe(time.perf_counter() - self._started)
-        log.debug("request", method=self._scope["method"], route=route, status=status)
+        seconds = time.perf_counter() - self._started
+        metrics.HTTP_SECONDS.labels(route).observe(seconds)
+        principal = self._scope.get(PRINCIPAL)
+        self._log(
+            "request",
+            method=self._scope.get("method", "GET"),
+            route=route,
+            status=status,
+            ms=round(seconds * 1000, 1),
+            credential="" if principal is None else principal.credential,
+        )
 
 
 def route_of(scope: Scope) -> str:

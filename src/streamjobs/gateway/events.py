@@ -38,6 +38,7 @@ from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable, StreamjobsError
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
+from streamjobs.gateway.access import PROOF, Access
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
 from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.coding import HEADERS, PLAIN, Coding, Zstd
@@ -45,7 +46,8 @@ from streamjobs.gateway.edge import abort_of
 from streamjobs.gateway.forms import Form, merged, plain
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.sending import run
-from streamjobs.gateway.viewer import Manner
+from streamjobs.gateway.unproven import UnprovenViewer
+from streamjobs.gateway.viewer import Manner, Viewer
 from streamjobs.store import Entry, JobRecord, Page
 
 FORMS = ("text/event-stream", "application/x-ndjson", "application/json")
@@ -73,8 +75,9 @@ class _Asked(NamedTuple):
 class Events:
     """The route, as an ASGI app."""
 
-    def __init__(self, hub: Hub, archived: Archived) -> None:
+    def __init__(self, hub: Hub, archived: Archived, access: Access) -> None:
         self._hub = hub
+        self._access = access
         self._archived = archived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,6 +87,8 @@ class Events:
         except StreamjobsError:
             metrics.STREAMS_OPENED.labels("refused").inc()
             raise
+        if PROOF in scope and asked.form != FORMS[0]:
+            raise StoreUnavailable("Redis cannot be reached now")
         if asked.form == "application/x-ndjson":
             await self._ndjson(asked, send)
         elif asked.form == "application/json":
@@ -108,8 +113,15 @@ class Events:
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
             return
-        viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
-        await run(self._hub, viewer, coding, scope, receive, send)
+        viewer = self._viewer(asked, record, scope)
+        await run(self._hub, viewer, coding, scope, receive, send, self._access)
+
+    def _viewer(self, asked: _Asked, record: JobRecord | None, scope: Scope) -> Viewer:
+        prove = scope.get(PROOF)
+        if prove is None:
+            return self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
+        channel, settings = self._hub.channel(asked.job_id, record), self._hub.settings
+        return UnprovenViewer(channel, asked.cursor, settings, abort_of(scope), asked.manner, prove)
 
     async def _from_archive(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -3,7 +3,7 @@
     client  subscribe {job, after?, merge?, flush?} · unsubscribe {job} · ping {data?}
     server  subscribed {job} · snapshot {job, id, data} · events {job, events: [{id, type, data}]} ·
             reset {job, reason, cursor} · ended {job, id} · unsubscribed {job} · pong {data} ·
-            error {a problem document, job?} · handover {reason, retry}
+            error {a problem document, job?} · handover {reason, retry} · token {token, expires_ms}
 
 Rule 1: `op` names the message; a field that is not known is refused, a typo would mean something else.
 Rule 2: what others share (events, views) is a part of a message, never copied into one.

@@ -27,6 +27,7 @@ from streamjobs.cursor import Cursor
 from streamjobs.errors import Invalid, JobNotFound, StreamjobsError
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
+from streamjobs.gateway.access import Access
 from streamjobs.gateway.coding import PLAIN, Piece
 from streamjobs.gateway.edge import abort_of
 from streamjobs.gateway.events import manner_of
@@ -58,8 +59,9 @@ class Asked(NamedTuple):
 class OwnerEvents:
     """The route, as an ASGI app."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, access: Access) -> None:
         self._hub = hub
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the client goes."""
@@ -73,7 +75,7 @@ class OwnerEvents:
             await send({"type": "http.response.body"})
             return
         stream = OwnerStream(self._hub, asked, abort_of(scope))
-        await run(self._hub, stream, PLAIN, scope, receive, send)
+        await run(self._hub, stream, PLAIN, scope, receive, send, self._access)
 
     def _asked(self, request: Request) -> Asked:
         query, settings = QueryParams(request.scope["query_string"]), self._hub.settings

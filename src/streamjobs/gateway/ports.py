@@ -17,7 +17,7 @@ import socket
 import sys
 
 from streamjobs.config import Settings
-from streamjobs.gateway.server import listen
+from streamjobs.gateway.server import listen, require_guarded
 
 SPREADS = sys.platform == "linux"
 """Whether the kernel spreads connections over sockets of one address; others give the last one all."""
@@ -28,6 +28,7 @@ class Port:
 
     def __init__(self, settings: Settings, port: int) -> None:
         self._settings = settings
+        require_guarded(settings)
         self._held = _hold(settings.host, port) if SPREADS else listen(settings, port)
         self.number: int = self._held.getsockname()[1]
 

@@ -75,6 +75,8 @@ def unrouted(status: int, headers: Headers | None = None) -> Problem:
 def _headers(error: StreamjobsError) -> Headers | None:
     if error.retryable and error.http_status == HTTPStatus.SERVICE_UNAVAILABLE:
         return {"Retry-After": _RETRY_AFTER}
+    if error.http_status == HTTPStatus.UNAUTHORIZED:
+        return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if error.http_status in {408, 413} else None
 
 

@@ -1,8 +1,7 @@
 """What requests say outside their bodies: whose they are, keys, waits, numbers, filters.
 
 Rule 1: a parameter that does not parse is refused and named; a preference (RFC 7240) is ignored then.
-Rule 2: whose job it is comes from `X-Streamjobs-Owner`, believed as it stands: a placeholder until there is
-authentication, for networks where nobody but a trusted proxy sets it.
+Rule 2: who asks was found out before: see `access`.
 """
 
 from __future__ import annotations
@@ -13,13 +12,15 @@ from typing import Annotated, TypeVar
 
 import msgspec
 from starlette.requests import Request
+from starlette.types import Scope
 
 from streamjobs.cursor import Cursor
 from streamjobs.errors import BadRequest, Invalid
 from streamjobs.gateway.body import fields_of
+from streamjobs.identity.principal import Principal
 
-ANONYMOUS = "anonymous"
-OWNER_HEADER = "x-streamjobs-owner"
+PRINCIPAL = "streamjobs.principal"
+"""Where a request's scope has it."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10 * 365 * 86400)]
 Label = Annotated[str, msgspec.Meta(max_length=200, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
@@ -35,9 +36,15 @@ _SEQ = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
 _PREFER_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=$|[,;])", re.IGNORECASE | re.ASCII)
 
 
-def owner_of(request: Request) -> str:
+def principal_of(scope: Scope) -> Principal:
     """Who asks."""
-    return request.headers.get(OWNER_HEADER) or ANONYMOUS
+    principal: Principal = scope[PRINCIPAL]
+    return principal
+
+
+def owner_of(request: Request) -> str:
+    """Whose things a request is about."""
+    return principal_of(request.scope).owner
 
 
 def idempotency_key(request: Request) -> str:

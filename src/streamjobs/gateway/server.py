@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 import urllib.parse
 from collections.abc import Callable, Generator
@@ -24,6 +25,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from streamjobs.config import Settings
+from streamjobs.errors import ConfigError
 from streamjobs.gateway.edge import CONNECTION
 from streamjobs.gateway.websocket import WebSocket, key_of
 
@@ -38,7 +40,11 @@ _TCP_USER_TIMEOUT = 18  # socket.TCP_USER_TIMEOUT is missing on some platforms
 
 
 def listen(settings: Settings, port: int, *, is_shared: bool = False) -> socket.socket:
-    """A bound, listening socket; a shared one beside others of the same address. Raises `OSError`."""
+    """A bound, listening socket; a shared one beside others of the same address.
+
+    Raises `OSError`, and `ConfigError` where strangers could reach what asks nobody who he is.
+    """
+    require_guarded(settings)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # with the protocol named, asyncio turns Nagle off for what is accepted; else tokens come 40 ms late
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -57,6 +63,21 @@ def listen(settings: Settings, port: int, *, is_shared: bool = False) -> socket.
         listener.close()
         raise
     return listener
+
+
+def require_guarded(settings: Settings) -> None:
+    """Raise `ConfigError` where strangers could reach a gateway that asks nobody who he is."""
+    if settings.auth or settings.host == "localhost":
+        return
+    try:
+        is_loopback = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise ConfigError(
+            f"setting 'host': {settings.host} can be reached from elsewhere, and nobody is asked who he is: "
+            "set 'auth' (keys, jwt, proxy or a function of yours; open: on purpose), or listen on 127.0.0.1"
+        )
 
 
 class _Flow(FlowControl):

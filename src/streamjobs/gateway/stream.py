@@ -160,7 +160,7 @@ class EventStream(Stream):
     The stream's task is needed only when the connection does not take what it is handed, and at the end.
     """
 
-    __slots__ = ("_coding", "_is_blocked", "_portions", "_wire")
+    __slots__ = ("_coding", "_inserted", "_is_blocked", "_portions", "_wire")
 
     def __init__(self, settings: Settings, abort: Callable[[], None], pace: float = 0.0) -> None:
         super().__init__(settings, abort, pace)
@@ -168,6 +168,12 @@ class EventStream(Stream):
         self._wire: Wire | None = None
         self._portions: Iterator[Bytes] | None = None
         self._is_blocked = False
+        self._inserted: tuple[Piece, ...] = ()
+
+    def insert(self, frame: bytes) -> None:
+        """Send a frame that is no event of a log, between two that are."""
+        self._inserted = (*self._inserted, frame)
+        self.nudge()
 
     @abstractmethod
     def take(self) -> tuple[Piece, ...]:
@@ -211,7 +217,8 @@ class EventStream(Stream):
         """Write until nothing is due, the stream is over or the connection is full."""
         while self.ended not in BROKEN and not self._is_blocked:
             if self._portions is None:
-                due = () if self.ended else self.take()
+                due = () if self.ended else self._inserted or self.take()
+                self._inserted = ()
                 if not due:
                     return
                 self._portions = self._coding.portions(due)

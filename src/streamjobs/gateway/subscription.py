@@ -40,8 +40,16 @@ class Owner(Protocol):
     unpacking: asyncio.Lock
     """Held while a file of the archive is open: one at a time for each connection."""
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether every job may be shown."""
+        ...
+
     def mark(self, subscription: Subscription, /) -> None:
         """It may have something to be taken."""
+
+    async def require_own(self, job: str, /) -> None:
+        """Raise `JobNotFound` unless this job may be shown; waits while Redis is away."""
 
 
 class Source(Protocol):
@@ -95,7 +103,7 @@ class Subscription:
     def open(self) -> None:
         """Begin; its owner must know it by now."""
         channel = self._owner.hub.find(self.job)
-        if channel is not None and channel.is_ready:
+        if channel is not None and channel.is_ready and self._owner.sees_all:
             self._follow(None)
         else:
             self._opening = asyncio.create_task(self._open(), name="subscription")
@@ -114,15 +122,20 @@ class Subscription:
 
     async def _open(self) -> None:
         try:
-            record, _ = await look_up(self._owner.hub, self.job)
-            self._follow(record)
-        except JobNotFound:
-            self._unpack()
+            await self._owner.require_own(self.job)
+            await self._find()
         except StreamjobsError as error:
             self._fail(error)
         except Exception as error:
             log.exception("subscription.failed", error=type(error).__name__)
             self._fail(_broken())
+
+    async def _find(self) -> None:
+        try:
+            record, _ = await look_up(self._owner.hub, self.job)
+            self._follow(record)
+        except JobNotFound:
+            self._unpack()
 
     def _follow(self, record: JobRecord | None) -> None:
         hub = self._owner.hub

@@ -33,16 +33,21 @@ from streamjobs.errors import (
 )
 from streamjobs.events import Json
 from streamjobs.gateway import messages
+from streamjobs.gateway.access import TOKEN, Access
 from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.edge import socket_of
 from streamjobs.gateway.events import manner_of
 from streamjobs.gateway.forms import members, merged_members
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.messages import Ping, Subscribe, Unsubscribe
+from streamjobs.gateway.renewal import Renewal
+from streamjobs.gateway.requests import principal_of
 from streamjobs.gateway.ring import CHUNK_BYTES
 from streamjobs.gateway.stream import Stream
 from streamjobs.gateway.subscription import Subscription
 from streamjobs.gateway.websocket import WHOLE, Parts, WebSocket, fragments_of, frame_of, size_of
+from streamjobs.identity.principal import Principal
+from streamjobs.identity.streamtoken import StreamToken
 
 log = structlog.get_logger(__name__)
 
@@ -60,9 +65,10 @@ _ANSWERS = 16
 class SocketRoutes:
     """The route: for WebSockets, and for those who come without."""
 
-    def __init__(self, hub: Hub, archived: Archived) -> None:
+    def __init__(self, hub: Hub, archived: Archived, access: Access) -> None:
         self._hub = hub
         self._archived = archived
+        self._access = access
 
     def sockets(self) -> list[WebSocketRoute]:
         """For handshakes."""
@@ -76,7 +82,8 @@ class SocketRoutes:
         """Accept; whether this client may connect (credentials, a browser's `Origin`) is decided before."""
         await send({"type": "websocket.accept"})
         wire = socket_of(scope)
-        wire.listen(Socket(self._hub, self._archived, wire), self._hub.settings.ws_max_message)
+        socket = Socket(self._hub, self._archived, wire, self._access, principal_of(scope), scope.get(TOKEN))
+        wire.listen(socket, self._hub.settings.ws_max_message)
 
 
 async def _refuse(_request: object) -> None:
@@ -88,16 +95,28 @@ class Socket(Stream):
     """One connection's subscriptions, and what is on its way to it."""
 
     __slots__ = (
-        "_allowance", "_answers", "_dirty", "_heard_at", "_idle_timer", "_is_closed", "_is_pumping", "_rest",
-        "_subscriptions", "_wire", "archived", "hub", "unpacking",
+        "_access", "_allowance", "_answers", "_dirty", "_heard_at", "_idle_timer", "_is_closed",
+        "_is_pumping", "_principal", "_renewal", "_rest", "_subscriptions", "_wire", "archived", "hub",
+        "unpacking",
     )  # fmt: skip
 
-    def __init__(self, hub: Hub, archived: Archived, wire: WebSocket) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        archived: Archived,
+        wire: WebSocket,
+        access: Access,
+        principal: Principal,
+        token: StreamToken | None = None,
+    ) -> None:
         settings = hub.settings
         super().__init__(settings, wire.abort)
         self.hub = hub
         self.archived = archived
         self.unpacking = asyncio.Lock()
+        self._principal = principal
+        self._access = access
+        self._renewal = None if token is None else Renewal(token, access.renew, self._tell)
         self._wire = wire
         self._subscriptions: dict[str, Subscription] = {}
         self._dirty: dict[Subscription, None] = {}
@@ -118,6 +137,8 @@ class Socket(Stream):
         self._stop_timers()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        if self._renewal is not None:
+            self._renewal.cancel()
         for subscription in tuple(self._subscriptions.values()):
             self._free(subscription, self.ended)
         self._dirty.clear()
@@ -168,6 +189,20 @@ class Socket(Stream):
     def on_lost(self) -> None:
         """Free everything."""
         self.lose()
+
+    # --- who the client is
+
+    @property
+    def sees_all(self) -> bool:
+        """See `Owner`."""
+        return self._principal.sees_all
+
+    async def require_own(self, job: str) -> None:
+        """See `Owner`."""
+        await self._access.require_own_patiently(self._principal, job)
+
+    def _tell(self, text: str, token: StreamToken) -> None:
+        self._answer(messages.told("token", token=text, expires_ms=token.expires * 1000))
 
     # --- what the client asks for
 

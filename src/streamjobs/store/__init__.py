@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError
 from streamjobs.store import keys
+from streamjobs.store.apikeys import ApiKeys
 from streamjobs.store.artifacts import Artifacts
 from streamjobs.store.clock import Clock
 from streamjobs.store.connect import blocking_client, rw_client, subscriber_client
@@ -37,6 +38,7 @@ from streamjobs.store.workers import WorkerInfo, Workers
 
 __all__ = [
     "Answer",
+    "ApiKeys",
     "Artifacts",
     "Batch",
     "Claimed",
@@ -135,6 +137,7 @@ class Store:
         self.owners = Owners(client, settings)
         self.index = Index(client, scripts, settings)
         self.stats = Stats(client, scripts, settings)
+        self.api_keys = ApiKeys(client, self.now_ms)
         self.live = Live(self._subscriber, settings.partitions)
 
     @classmethod

@@ -59,6 +59,7 @@ KEYS: tuple[Key, ...] = (
         "live",
         "held jobs of one queue and owner (and concurrency key, or struck kind), in order",
     ),
+    _key("apikeys", "hash", "capped", "API keys by id: digest, whose, scopes, until when"),
     _key("strikes", "hash", "live", "queues, kinds and tools that an operator has stopped"),
     _key("dead", "zset", "capped", "failed jobs that nobody has run again, by their end"),
     _key("running:<any>", "set", "live", "an owner's running jobs"),
