@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
+from tests import acl
+
 Mode = Literal["pass", "black hole", "refuse"]
 
 
@@ -25,7 +27,7 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
+        return f"redis://{acl.USER}:{acl.PASSWORD}@127.0.0.1:{self.port}"
 
     def swallow(self, matches: Callable[[bytes], bool]) -> None:
         """Let the next request that matches reach Redis, and lose its reply with the connection."""

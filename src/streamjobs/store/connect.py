@@ -92,6 +92,7 @@ def common_options(settings: Settings) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": settings.redis_connect_timeout,
+        "driver_info": None,  # what we are called is no command that an ACL need allow
     }
     if scheme != "unix":
         options |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from streamjobs.config import Settings
-from streamjobs.errors import StoreFull, StoreUnavailable, StreamjobsError
+from streamjobs.errors import MissingPermission, StoreFull, StoreUnavailable, StreamjobsError
 from streamjobs.store import keys
 
 
@@ -133,6 +134,7 @@ class Scripts:
     INDEX: ClassVar = Script("index", "allow-oom")
     STATS: ClassVar = Script("stats", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
+    ALLOWED: ClassVar = Script("allowed", "no-writes", shared=False)
     SEAL: ClassVar = Script("seal", "allow-oom")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
@@ -210,6 +212,12 @@ _AWAY = (
 def _ours(error: RedisError) -> StreamjobsError:
     if isinstance(error, refusals.OutOfMemoryError):
         return StoreFull("Redis is at its memory limit")
+    if isinstance(error, refusals.NoPermissionError) or "ACL failure in script" in str(error):
+        return MissingPermission(
+            f"Redis does not allow its user {_refused(str(error))}; ask streamjobs doctor"
+        )
+    if isinstance(error, refusals.AuthenticationError):
+        return StoreUnavailable("Redis refuses the user name or the password")
     if isinstance(error, _AWAY):
         return StoreUnavailable(f"Redis cannot be reached: {type(error).__name__}")
     if isinstance(error, refusals.ResponseError) and str(error).startswith(
@@ -217,6 +225,12 @@ def _ours(error: RedisError) -> StreamjobsError:
     ):
         return StoreUnavailable(f"Redis refuses commands now: {error}")
     return StreamjobsError(f"Redis: {error}")
+
+
+def _refused(said: str) -> str:
+    """What was refused: a command, keys or channels. Not the user's name: callers of the API may see it."""
+    command = re.search(r"'([a-z|]+)'", said)
+    return f"the command {command[1]}" if command else "a channel" if "channel" in said else "a key"
 
 
 def flatten(rows: Iterable[Iterable[str | bytes | int]]) -> list[str | bytes | int]:
