@@ -40,6 +40,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # --- Redis
     redis_url: str = ""
     """Where Redis is; empty: an embedded one is started (`streamjobs dev` and `demo` only)."""
+    redis_tls_ca: str = ""
+    """With `rediss://`: a file of the certificates that may vouch for Redis's, beside the system's."""
+    redis_tls_cert: str = ""
+    """With `rediss://`: a file with our own certificate, for a Redis that asks for one."""
+    redis_tls_key: str = ""
+    """The file of its private key; empty: it is in the same file."""
     data_dir: str = ".streamjobs"
     """Folder of the embedded Redis."""
     partitions: int = 1

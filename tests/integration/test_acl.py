@@ -138,7 +138,7 @@ def check_refused(server: RedisProcess, user: str, password: str, commands: str)
 )
 def test_a_script_may_no_more_than_its_user(redis: RedisProcess, call: str):
     """EVAL would be the door that the list of commands leaves open."""
-    refused = pytest.raises(ResponseError, match="ACL failure in script|not allowed from script")
+    refused = pytest.raises(ResponseError, match=r"ACL failure in script|not allowed from script")
     with redis.client(acl.USER, acl.PASSWORD) as client, refused:
         client.eval(f"return redis.call({call})", 0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import ssl
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any, ClassVar
@@ -219,12 +220,23 @@ def _ours(error: RedisError) -> StreamjobsError:
     if isinstance(error, refusals.AuthenticationError):
         return StoreUnavailable("Redis refuses the user name or the password")
     if isinstance(error, _AWAY):
-        return StoreUnavailable(f"Redis cannot be reached: {type(error).__name__}")
+        return StoreUnavailable(f"Redis cannot be reached: {_tls_fault(error) or type(error).__name__}")
     if isinstance(error, refusals.ResponseError) and str(error).startswith(
         ("LOADING", "MISCONF", "BUSY", "MASTERDOWN", "UNBLOCKED")
     ):
         return StoreUnavailable(f"Redis refuses commands now: {error}")
     return StreamjobsError(f"Redis: {error}")
+
+
+def _tls_fault(error: BaseException | None) -> str:
+    """What is wrong with a certificate, where that is the cause of an error of redis-py's."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is refused ({error.verify_message})"
+        if isinstance(error, ssl.SSLError):
+            return f"TLS fails ({error.reason or error})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _refused(said: str) -> str:
