@@ -13,7 +13,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ResponseErr
 from streamjobs import App, Context
 from streamjobs.client import Client
 from streamjobs.cron import Timing
-from streamjobs.errors import MissingPermission
+from streamjobs.errors import MissingPermission, StoreUnavailable
 from streamjobs.projections import build
 from streamjobs.schedule import Schedule
 from streamjobs.store import Store, Submission, permissions
@@ -148,6 +148,15 @@ def test_who_gives_no_name_or_a_wrong_password_is_refused(strict_redis: RedisPro
     for name, password in (("default", ""), (acl.USER, "wrong"), (acl.METRICS, acl.PASSWORD)):
         with strict_redis.client(name, password) as client, pytest.raises(AuthenticationError):
             client.ping()
+
+
+async def test_the_password_may_be_given_apart(strict_redis: RedisProcess):
+    """Kubernetes keeps a password in a secret of its own, and nothing that would make a URL of it."""
+    url = strict_redis.url.replace(f":{acl.PASSWORD}", "")
+    store = await Store.open(fast_settings(url, redis_password=acl.PASSWORD))
+    await store.aclose()
+    with pytest.raises(StoreUnavailable, match="it refuses the user name or the password"):
+        await Store.open(fast_settings(url, redis_password="wrong-canary"))
 
 
 async def test_the_exporter_reads_how_much_waits_and_nothing_of_it(redis: RedisProcess, store: Store):

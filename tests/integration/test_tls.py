@@ -150,3 +150,20 @@ async def test_files_that_do_not_fit_are_told_at_the_start(
         await Store.open(
             fast_settings(url, **{name: files.get(file, file) for name, file in changes.items()})
         )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://u:ca@nary#x@h:1",
+        "redis://u:pass@h:canary",
+        "redis://canary[@h",
+        "canary",
+        "redis://h?canary=1",
+    ],
+)
+async def test_what_is_wrong_with_the_url_is_told_without_it(url: str):
+    """A password with a `#` or an `@` makes a URL that does not parse: the error would quote it."""
+    with pytest.raises((ConfigError, StoreUnavailable)) as caught:
+        await Store.open(fast_settings(url))
+    assert "canary" not in str(caught.value).replace("unexpected keyword argument 'canary'", "")

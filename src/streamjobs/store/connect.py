@@ -94,6 +94,7 @@ def common_options(settings: Settings) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": settings.redis_connect_timeout,
+        "password": settings.redis_password or None,  # what the URL says wins
         "driver_info": None,  # what we are called is no command that an ACL need allow
     }
     if scheme != "unix":

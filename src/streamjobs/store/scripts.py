@@ -217,10 +217,8 @@ def _ours(error: RedisError) -> StreamjobsError:
         return MissingPermission(
             f"Redis does not allow its user {_refused(str(error))}; ask streamjobs doctor"
         )
-    if isinstance(error, refusals.AuthenticationError):
-        return StoreUnavailable("Redis refuses the user name or the password")
     if isinstance(error, _AWAY):
-        return StoreUnavailable(f"Redis cannot be reached: {_tls_fault(error) or type(error).__name__}")
+        return StoreUnavailable(f"Redis cannot be reached: {_refusal(error) or type(error).__name__}")
     if isinstance(error, refusals.ResponseError) and str(error).startswith(
         ("LOADING", "MISCONF", "BUSY", "MASTERDOWN", "UNBLOCKED")
     ):
@@ -228,9 +226,11 @@ def _ours(error: RedisError) -> StreamjobsError:
     return StreamjobsError(f"Redis: {error}")
 
 
-def _tls_fault(error: BaseException | None) -> str:
-    """What is wrong with a certificate, where that is the cause of an error of redis-py's."""
+def _refusal(error: BaseException | None) -> str:
+    """Whether one end refuses the other, which redis-py says in an error's cause."""
     while error is not None:
+        if isinstance(error, refusals.AuthenticationError):
+            return "it refuses the user name or the password"
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is refused ({error.verify_message})"
         if isinstance(error, ssl.SSLError):
