@@ -95,7 +95,7 @@ async def test_a_system_lives_under_the_shipped_users(strict_redis: RedisProcess
 
     async with (
         ScriptedProvider(says("fine")) as provider,
-        serving(strict_redis.url, app, lease=2.0, **HTTP, **provider_settings(provider)) as served,
+        serving(strict_redis.url, app, **HTTP, **provider_settings(provider)) as served,
         working(served.store, app),
         projecting(served.store, *build(PROJECTIONS, served.store)),
     ):

@@ -214,18 +214,17 @@ def is_at_home(leak: tuple[str, str, str]) -> bool:
 
 
 def settings_for(redis: RedisProcess, world: Outside, folder: Path) -> Settings:
-    there = f"127.0.0.1:{free_port()}"
     return fast_settings(
         f"redis://{acl.USER}@127.0.0.1:{redis.port}",
         openai_base_url=f"{world.url}/v1",
-        anthropic_base_url=f"http://{there}/?key={CANARIES['key in a base URL']}",
+        anthropic_base_url=f"http://127.0.0.1:1/?key={CANARIES['key in a base URL']}",
         anthropic_api_key="env:OTHER_KEY",
         provider_attempts=2,
         openai_api_key=f"file:{folder / 'key'}",
         redis_password=f"file:{folder / 'password'}",
         archive_url=str(folder / "archive"),
         webhook_http=True, webhook_allow=("127.0.0.1",),
-        port=free_port(), log_level="debug", log_format="json", max_attempts=1, redis_timeout=1.0,
+        port=free_port(), log_level="debug", log_format="json", max_attempts=1, lease=60.0,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ async def test_everything_goes_through_tls(proxy: Proxy, papers: Papers):
     async with lab(proxy.url, says("over TLS"), **papers.settings) as bench, working(bench.store):
         view = await bench.run()
         assert view.text == "over TLS"
-        assert bench.store.live.connected, "the worker's subscription stands"
+        await wait_until(lambda: bench.store.live.connected, what="the worker's subscription")
         await bench.healthy()
     # read and write, a subscription, and a loop that blocks
     assert proxy.connections >= 3
@@ -84,7 +84,7 @@ async def test_the_thread_that_keeps_leases_uses_tls(proxy: Proxy, papers: Paper
 
 async def refusal(url: str, **changes: Any) -> str:
     """Why a store does not open, which must be the same for the thread that keeps leases."""
-    settings = fast_settings(url, **changes)
+    settings = fast_settings(url, redis_connect_timeout=20.0, **changes)
     with pytest.raises(StoreUnavailable) as opened:
         await Store.open(settings)
     with contextlib.closing(Renewer(settings)) as renewer, pytest.raises(StoreUnavailable) as renewed:
