@@ -322,9 +322,16 @@ def secrets_of(settings: Settings) -> list[str]:
     """Every secret in these settings; of an address its password."""
     found: list[str] = []
     for name in SECRETS:
-        value: str = getattr(settings, name)
-        found.append(unquote(urlsplit(value).password or "") if "://" in value else value)
+        value: str | tuple[str, ...] = getattr(settings, name)
+        found.extend(map(_secret_in, (value,) if isinstance(value, str) else value))
     return [secret for secret in found if secret]
+
+
+def _secret_in(value: str) -> str:
+    try:
+        return unquote(urlsplit(value).password or "") if "://" in value else value
+    except ValueError:  # no address; who uses it will say so
+        return value
 
 
 def load_settings(
@@ -381,7 +388,9 @@ def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _fetched(name: str, value: Any, env: Mapping[str, str]) -> Any:
-    """What a reference refers to; any other value as it is."""
+    """What a reference refers to, or each of a list; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return [_fetched(name, one, env) for one in value]  # pyright: ignore[reportUnknownVariableType]
     kind, _, where = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind == "env":
         if where not in env:

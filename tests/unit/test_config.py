@@ -235,6 +235,16 @@ def test_every_secret_of_the_settings_is_known():
         redis_url="redis://u:p%40ss@h", redis_password="r", openai_api_key="o", smtp_url="smtps://u:m@h:465"
     )
     assert sorted(secrets_of(settings)) == ["m", "o", "p@ss", "r"]
+    assert secrets_of(Settings(redis_url="redis://u:canary[@h")) == ["redis://u:canary[@h"]
+
+
+def test_a_list_of_secrets_may_have_references(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Keys that are rotated come in lists: their references would be taken for keys."""
+    monkeypatch.setattr(config, "SECRETS", ("queues",))
+    (tmp_path / "a").write_text("one\n")
+    settings = load_settings(env={"B": "two", "STREAMJOBS_QUEUES": f"file:{tmp_path}/a,env:B,three"})
+    assert settings.queues == ("one", "two", "three")
+    assert secrets_of(settings) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -128,6 +129,14 @@ def test_json_stays_json(value: object):
     """A line of the log that no parser reads is one that nobody finds."""
     clean = json.loads(redacted(json.dumps(value)))
     assert list(clean) == list(value)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("piece", ["eyJ-", "://a", "a_api_key_", "cookie=!", "Bearer a", "&x."])
+def test_a_text_made_to_be_slow_is_not(piece: str):
+    """One error of a tool's, long and of the right letters, would stop a worker for minutes."""
+    began = time.process_time()
+    redacted(piece * (400_000 // len(piece)))
+    assert time.process_time() - began < 20, "a pattern that begins anywhere takes minutes, this milliseconds"
 
 
 def test_no_error_is_recorded_with_a_secret():
