@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test check fmt format-check lint types faults load setup clean
+.PHONY: help demo test check fmt format-check lint types audit faults load setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ demo: ## the main job, end to end, on an embedded Redis (ARGS=--once: exit after
 test: setup ## the tests (ARGS="-k name": some of them)
 	@$(PYTEST) -n 2 $(ARGS)
 
-check: format-check lint types test ## what CI runs: format, lint, types, tests
+check: format-check lint types audit test ## what CI runs: format, lint, types, dependencies, tests
 
 fmt: setup ## format and fix what can be fixed
 	@$(BIN)/ruff format .
@@ -31,6 +31,9 @@ lint: setup
 
 types: setup
 	@$(BIN)/basedpyright
+
+audit: setup ## whether what is installed fits together (offline; tests compare imports with what is declared)
+	@$(BIN)/python -m pip check --disable-pip-version-check
 
 faults: setup ## the long fault and random runs
 	@$(PYTEST) -m long --timeout 1200 $(ARGS)

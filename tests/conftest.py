@@ -13,15 +13,20 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis as sync_redis
+import redis.asyncio as async_redis
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from streamjobs.config import Settings
 from streamjobs.store import Store, keys
 from streamjobs.store.embedded import find_binary, server_options, wheel_binary
+from tests import acl
 
 hypothesis_settings.register_profile(
     "default",
@@ -32,26 +37,33 @@ hypothesis_settings.load_profile("default")
 
 
 class RedisProcess:
-    """A private redis-server on a unix socket and a loopback port, which tests may kill and start again."""
+    """A private redis-server on a unix socket and a loopback port, which tests may kill and start again.
 
-    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+    streamjobs reaches it as the user that `deploy/redis/users.acl` makes, at `url` and `tcp_url`; whoever
+    gives no name may do all.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = False, users: str = acl.users_and_tester()) -> None:
         self.folder = folder
         self.durable = durable
+        self.users = users
         self.socket = folder / "r.sock"
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"unix://{self.socket}"
+        return f"unix://{acl.USER}:{acl.PASSWORD}@{self.socket}"
 
     @property
     def tcp_url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
+        return f"redis://{acl.USER}:{acl.PASSWORD}@127.0.0.1:{self.port}"
 
     def start(self) -> None:
         binary = redis_binary()
+        (self.folder / "users.acl").write_text(self.users)
         options = server_options(self.socket, self.folder, durable=self.durable)
+        options += ["--aclfile", str(self.folder / "users.acl")]
         options += ["--port", str(self.port), "--bind", "127.0.0.1", "--enable-debug-command", "yes"]
         # Written before it is answered: with `everysec` a busy disk puts writes off, and kill -9 loses them.
         options += ["--appendfsync", "no"]
@@ -61,16 +73,20 @@ class RedisProcess:
         deadline = time.monotonic() + 40
         while time.monotonic() < deadline:
             try:
-                with sync_redis.Redis(unix_socket_path=str(self.socket)) as client:
+                with self.client() as client:
                     if client.ping():
                         return
+            except sync_redis.AuthenticationError:
+                return  # it answers, if only those who say who they are
             except sync_redis.RedisError:
                 assert self.process.poll() is None, (self.folder / "redis.log").read_text()
                 time.sleep(0.02)
         raise TimeoutError("redis-server does not answer")
 
-    def client(self) -> sync_redis.Redis:
-        return sync_redis.Redis(unix_socket_path=str(self.socket))
+    def client(self, name: str | None = None, password: str = "") -> sync_redis.Redis:
+        return sync_redis.Redis(
+            unix_socket_path=str(self.socket), username=name, password=password, retry=Retry(NoBackoff(), 0)
+        )
 
     def kill(self, signal_number: int = 9) -> None:
         assert self.process is not None
@@ -179,6 +195,17 @@ async def store(settings: Settings) -> AsyncIterator[Store]:
     opened = await Store.open(settings)
     yield opened
     await opened.aclose()
+
+
+@contextlib.asynccontextmanager
+async def unrestricted(store: Store) -> AsyncIterator[Any]:
+    """A client of the store's server that may do what streamjobs itself may not: damage and empty it."""
+    url = urlsplit(store.settings.redis_url)
+    client: Any = async_redis.Redis.from_url(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}")
+    try:
+        yield client
+    finally:
+        await client.aclose()
 
 
 async def wait_until(condition: Callable[[], Any], timeout: float = 40.0, what: str = "") -> Any:

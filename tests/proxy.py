@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
+
+from tests import acl
 
 Mode = Literal["pass", "black hole", "refuse"]
 
@@ -13,7 +16,8 @@ Mode = Literal["pass", "black hole", "refuse"]
 class Proxy:
     """Forwards both ways. `swallow` loses the reply to one command; `mode` says what becomes of all else."""
 
-    def __init__(self, upstream: int) -> None:
+    def __init__(self, upstream: int, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.mode: Mode = "pass"
         self.swallowed = 0
         self.connections = 0
@@ -25,7 +29,7 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
+        return f"redis{'s' * bool(self.tls)}://{acl.USER}:{acl.PASSWORD}@127.0.0.1:{self.port}"
 
     def swallow(self, matches: Callable[[bytes], bool]) -> None:
         """Let the next request that matches reach Redis, and lose its reply with the connection."""
@@ -37,7 +41,7 @@ class Proxy:
             writer.transport.abort()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def aclose(self) -> None:
@@ -93,9 +97,9 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def proxying(port: int) -> AsyncIterator[Proxy]:
-    """A proxy in front of the Redis on `port`, for as long as the block runs."""
-    proxy = Proxy(port)
+async def proxying(port: int, tls: ssl.SSLContext | None = None) -> AsyncIterator[Proxy]:
+    """A proxy in front of the Redis on `port`, while the block runs. With `tls` it speaks that only."""
+    proxy = Proxy(port, tls)
     await proxy.start()
     try:
         yield proxy

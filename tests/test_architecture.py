@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "redaction"},
     {"cursor", "events", "faults", "cron", "bounded"},
     {"approvals", "segments", "retention", "targets"},
     {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing", "archive"},

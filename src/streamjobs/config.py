@@ -1,5 +1,8 @@
 """Settings: one frozen struct, read once, strict, and kind about typos.
 
+Rule 1: what an error says of a setting never quotes a value: it may be a secret, or the one beside it.
+Rule 2: a secret may be named instead, `env:NAME` or `file:/path`; it is read here, once.
+
 Sources, later ones win: the defaults here, a YAML or JSON file, environment variables
 (`STREAMJOBS_<NAME>`, upper case), command line options. Durations are float seconds, sizes bytes.
 """
@@ -12,6 +15,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import yaml
@@ -46,6 +50,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # --- Redis
     redis_url: str = ""
     """Where Redis is; empty: an embedded one is started (`streamjobs dev` and `demo` only)."""
+    redis_password: str = ""
+    """The password, where `redis_url` has none: `redis://streamjobs@redis:6379`."""
+    redis_tls_ca: str = ""
+    """With `rediss://`: a file of the certificates that may vouch for Redis's, beside the system's."""
+    redis_tls_cert: str = ""
+    """With `rediss://`: a file with our own certificate, for a Redis that asks for one."""
+    redis_tls_key: str = ""
+    """The file of its private key; empty: it is in the same file."""
     data_dir: str = ".streamjobs"
     """Folder of the embedded Redis."""
     partitions: int = 1
@@ -338,8 +350,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_format: str = "auto"
     """`json`, `console`, or `auto`: console on a terminal."""
 
+    def __repr__(self) -> str:
+        """Say nothing of what they are: among them are secrets, and tracebacks show what is near."""
+        return f"<{type(self).__name__}>"
+
 
 FIELDS = Settings.__struct_fields__
+SECRETS = ("redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url")
+"""Settings that are secrets, or hold one. They may be references."""
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Every secret in these settings; of an address its password."""
+    found: list[str] = []
+    for name in SECRETS:
+        value: str | tuple[str, ...] = getattr(settings, name)
+        found.extend(map(_secret_in, (value,) if isinstance(value, str) else value))
+    return [secret for secret in found if secret]
+
+
+def _secret_in(value: str) -> str:
+    try:
+        return unquote(urlsplit(value).password or "") if "://" in value else value
+    except ValueError:  # no address; who uses it will say so
+        return value
 
 
 def load_settings(
@@ -352,10 +386,12 @@ def load_settings(
     values: dict[str, Any] = {}
     if file is not None:
         values |= _from_file(file)
-    values |= _from_env(os.environ if env is None else env)
+    env = os.environ if env is None else env
+    values |= _from_env(env)
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name in values:
         _require_known(name)
+    values |= {name: _fetched(name, values[name], env) for name in SECRETS if name in values}
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
@@ -367,8 +403,12 @@ def load_settings(
 def _from_file(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"settings file {file}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"settings file {file}{where}: neither YAML nor JSON") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {file}: {getattr(error, 'strerror', 'no UTF-8')}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -387,6 +427,23 @@ def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
         if name not in values and env.get(name.upper()):
             values[name] = env[name.upper()]
     return values
+
+
+def _fetched(name: str, value: Any, env: Mapping[str, str]) -> Any:
+    """What a reference refers to, or each of a list; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return [_fetched(name, one, env) for one in value]  # pyright: ignore[reportUnknownVariableType]
+    kind, _, where = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind == "env":
+        if where not in env:
+            raise ConfigError(f"setting {name!r}: there is no variable {where}")
+        return env[where]
+    if kind != "file":
+        return value
+    try:
+        return Path(where).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"setting {name!r}: {where}: {getattr(error, 'strerror', 'no UTF-8')}") from None
 
 
 def _refuse_links(variable: str, text: str) -> None:

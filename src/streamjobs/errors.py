@@ -251,6 +251,12 @@ class StoreUnavailable(StreamjobsError):
     code, http_status, retryable = "store_unavailable", 503, True
 
 
+class MissingPermission(StoreUnavailable):
+    """Redis does not let our user run a command, or reach a key or channel. Its ACL must be repaired."""
+
+    code = "missing_permission"
+
+
 class StoreFull(StreamjobsError):
     """Redis is at its memory limit: running jobs may end, new ones are refused. Try again later."""
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from streamjobs.errors import Invalid
+from streamjobs.redaction import redacted
 
 Json = Any
 """A JSON value: None, bool, int, float, str, list or dict."""
@@ -32,6 +33,12 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     code: str
     message: str
     retryable: bool = False
+
+    def __post_init__(self) -> None:
+        """Take out what looks like a secret: errors of others quote URLs and headers."""
+        clean = redacted(self.message)
+        if clean != self.message:
+            msgspec.structs.force_setattr(self, "message", clean)
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -241,9 +241,10 @@ async def test_a_redis_that_comes_back_empty_ends_every_stream(forgetful_redis: 
 async def test_a_redis_that_is_emptied_ends_every_stream(forgetful_redis: RedisProcess):
     """The same while the connections stand: nothing but the comparison of positions can tell."""
 
-    async def lose(served: Served) -> None:
-        await served.store.client.flushall()
-        await served.store.client.script_flush()
+    async def lose(_served: Served) -> None:
+        with forgetful_redis.client() as client:
+            client.flushall()
+            client.script_flush()
 
     await check_loss(forgetful_redis, lose)
 

@@ -68,17 +68,18 @@ class Bench:
 async def bench(redis: RedisProcess) -> AsyncIterator[Bench]:
     async with proxying(redis.port) as proxy, lab(redis.url) as direct:
         store = await Store.open(fast_settings(proxy.url, lease=60.0, redis_timeout=1.0))
-        await load_scripts(store)
+        load_scripts(redis)
         yield Bench(proxy, store, direct)
         await direct.healthy()
         await store.aclose()
 
 
-async def load_scripts(store: Store) -> None:
+def load_scripts(redis: RedisProcess) -> None:
     """Have every script known, so that the call that is lost is the one that acts."""
-    for script in vars(Scripts).values():
-        if isinstance(script, Script):
-            await store.client.execute_command("SCRIPT", "LOAD", script.text)
+    with redis.client() as client:
+        for script in vars(Scripts).values():
+            if isinstance(script, Script):
+                client.script_load(script.text)
 
 
 async def test_submit(bench: Bench):
@@ -200,7 +201,7 @@ async def test_a_worker_whose_replies_are_lost_all_the_time(
     """Through a network that loses replies and cuts connections: each word once, each payment once."""
     monkeypatch.setenv("EFFECTS", str(tmp_path / "effects"))
     async with proxying(redis.port) as proxy, lab(proxy.url, Scenario(turns=TURNS), lease=20.0) as bench:
-        await load_scripts(bench.store)
+        load_scripts(redis)
         shas = [script.sha.encode() for script in (Scripts.APPEND, Scripts.TAKE, Scripts.APPEND_ALWAYS)]
         jobs = [await bench.chat(str(n), tools=["once", "pure"]) for n in range(10)]
 

@@ -18,7 +18,7 @@ from streamjobs.events import JobProgress
 from streamjobs.gateway import events
 from streamjobs.gateway.channel import Channel
 from streamjobs.store import Store
-from tests.conftest import RedisProcess, wait_until
+from tests.conftest import RedisProcess, unrestricted, wait_until
 from tests.integration.gateway import Frame, Script, Served, Stream, serving
 
 
@@ -674,19 +674,33 @@ async def test_a_lookup_that_takes_long_does_not_hold_the_stream(
 # --- another history
 
 
+async def copied(served: Served, job_id: str) -> dict[str, bytes]:
+    """A job's log and head as they are now."""
+    async with unrestricted(served.store) as client:
+        return {
+            name: await client.dump(name)
+            for name in (f"sj:{{0}}:job:{job_id}:events", f"sj:{{0}}:job:{job_id}")
+        }
+
+
+async def restore(served: Served, kept: dict[str, bytes]) -> None:
+    """Put them back, as a failover to a replica that lacked the end does."""
+    async with unrestricted(served.store) as client:
+        for name, content in kept.items():
+            await client.restore(name, 0, content, replace=True)
+
+
 async def test_a_log_that_lost_its_end_is_a_reset(served: Served):
     """After a failover the new primary may lack what viewers have seen; they must be told."""
     script = await served.script()
     await script.open_turn()
     await script.say("a", "b")
-    kept = await served.store.client.dump(f"sj:{{0}}:job:{script.id}:events")
-    head = await served.store.client.dump(f"sj:{{0}}:job:{script.id}")
+    kept = await copied(served, script.id)
     async with served.stream(script.id) as stream:
         await anext(stream)
         await script.say("lost")
         await stream.until("text.delta")
-        await served.store.client.restore(f"sj:{{0}}:job:{script.id}:events", 0, kept, replace=True)
-        await served.store.client.restore(f"sj:{{0}}:job:{script.id}", 0, head, replace=True)
+        await restore(served, kept)
         await served.gateway.hub.check_positions()
         reset, snapshot = await anext(stream), await anext(stream)
         assert (reset.event, reset.json["reason"]) == ("reset", "history_replaced")
@@ -700,14 +714,12 @@ async def test_a_log_that_lost_its_end_is_a_reset(served: Served):
 async def test_other_events_under_the_same_numbers_are_a_reset(served: Served):
     script = await served.script()
     await script.open_turn()
-    kept = await served.store.client.dump(f"sj:{{0}}:job:{script.id}:events")
-    head = await served.store.client.dump(f"sj:{{0}}:job:{script.id}")
+    kept = await copied(served, script.id)
     async with served.stream(script.id) as stream:
         await anext(stream)
         await script.say("lost")
         await stream.until("text.delta")
-        await served.store.client.restore(f"sj:{{0}}:job:{script.id}:events", 0, kept, replace=True)
-        await served.store.client.restore(f"sj:{{0}}:job:{script.id}", 0, head, replace=True)
+        await restore(served, kept)
         await served.store.jobs.signal(script.id, "other")
         reset, snapshot = await anext(stream), await anext(stream)
         assert (reset.event, snapshot.event) == ("reset", "snapshot")
@@ -720,9 +732,9 @@ async def test_a_job_that_is_gone_ends_its_streams(served: Served):
     script = await served.script()
     async with served.stream(script.id) as stream:
         await anext(stream)
-        served_client = served.store.client
-        await served_client.flushall()
-        await served_client.script_flush()
+        async with unrestricted(served.store) as client:
+            await client.flushall()
+            await client.script_flush()
         await served.gateway.hub.check_positions()
         assert [frame.json["code"] for frame in await collect(stream)] == ["not_found"]
 

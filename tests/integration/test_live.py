@@ -14,6 +14,7 @@ import pytest
 
 from streamjobs.errors import StoreUnavailable
 from streamjobs.store import Entry, Store, Submission, keys, live
+from tests import acl
 from tests.conftest import RedisProcess, fast_settings, wait_until
 
 
@@ -354,7 +355,7 @@ class Proxy:
     async def serving(self) -> AsyncIterator[str]:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         try:
-            yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            yield f"redis://{acl.USER}:{acl.PASSWORD}@127.0.0.1:{server.sockets[0].getsockname()[1]}"
         finally:
             server.close()
             for task in self._tasks:

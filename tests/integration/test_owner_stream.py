@@ -13,7 +13,7 @@ import pytest
 from streamjobs.events import JobProgress
 from streamjobs.gateway.owner_cursor import parse_owner_cursor
 from streamjobs.store import Position
-from tests.conftest import RedisProcess, wait_until
+from tests.conftest import RedisProcess, unrestricted, wait_until
 from tests.integration.gateway import Frame, Script, Served, Stream, serving
 
 Told = tuple[str, str, str, str]
@@ -274,7 +274,8 @@ async def test_a_killed_subscription_leaves_no_hole(served: Served):
         await anext(stream)
         scripts: list[Script] = []
         for _ in range(5):
-            await served.store.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            async with unrestricted(served.store) as client:
+                await client.client_kill_filter(_type="pubsub")
             scripts.append(await lived(served, "alice"))
         frames = await until(stream, *((script.id, "job.completed") for script in scripts))
     assert by_job(frames) == {script.id: await lifecycle(script) for script in scripts}

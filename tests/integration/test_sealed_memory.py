@@ -21,7 +21,7 @@ from streamjobs import events as ev
 from streamjobs.config import Settings
 from streamjobs.projections.snapshot import SnapshotProjection
 from streamjobs.store import Batch, Store, Submission, keys
-from tests.conftest import RedisProcess, fast_settings, free_port, wait_until
+from tests.conftest import RedisProcess, fast_settings, free_port, unrestricted, wait_until
 from tests.harness import ROOT, environment
 
 DELTAS = 100_000
@@ -67,8 +67,9 @@ async def say_much(store: Store) -> Said:
 async def held(store: Store, job_id: str) -> int:
     """Bytes of all keys of a job."""
     sizes = 0
-    async for name in store.client.scan_iter(match=f"{keys.job_key(job_id)}*", count=1000):
-        sizes += await store.client.memory_usage(name, samples=0)
+    async with unrestricted(store) as client:
+        async for name in client.scan_iter(match=f"{keys.job_key(job_id)}*", count=1000):
+            sizes += await client.memory_usage(name, samples=0)
     return sizes
 
 

@@ -15,7 +15,7 @@ from streamjobs.errors import StreamjobsError
 from streamjobs.events import JobProgress
 from streamjobs.gateway import server, websocket
 from streamjobs.gateway.ring import CHUNK_BYTES
-from tests.conftest import RedisProcess, wait_until
+from tests.conftest import RedisProcess, unrestricted, wait_until
 from tests.integration.gateway import Script, Served, serving
 from tests.integration.sockets import Message, Talk, rows, talking
 from tests.integration.test_archive import archived, expire
@@ -373,8 +373,9 @@ async def test_a_job_that_is_deleted_ends_its_subscription(served: Served):
     async with talking(served) as talk:
         await talk.subscribe(script.id)
         await talk.until("snapshot")
-        await served.store.client.flushall()
-        await served.store.client.script_flush()
+        async with unrestricted(served.store) as client:
+            await client.flushall()
+            await client.script_flush()
         await served.gateway.hub.check_positions()
         error = await talk.hear()
         assert (error.op, error.code, error.job) == ("error", "not_found", script.id)

@@ -10,6 +10,7 @@ import pytest
 from streamjobs.errors import InvalidCursor
 from streamjobs.projections.index import IndexProjection
 from streamjobs.store import JobFilter, Store, keys
+from tests.conftest import RedisProcess
 from tests.projections.bench import Floor, carry, right_index, shown_index, stored_index
 
 
@@ -119,7 +120,7 @@ async def test_one_page_looks_at_so_many_rows(store: Store, monkeypatch: pytest.
     assert await ids(store, kind="rare") == [rare]
 
 
-async def test_rows_leave_with_their_jobs(store: Store):
+async def test_rows_leave_with_their_jobs(store: Store, redis: RedisProcess):
     """Lists would show what cannot be opened, and the index would grow for ever."""
     floor = Floor(store)
     jobs = [await floor.submit(owner=owner) for owner in ("a", "b") for _ in range(3)]
@@ -130,7 +131,8 @@ async def test_rows_leave_with_their_jobs(store: Store):
     assert await store.index.counts("a") == {"queued": 1}
     for _ in range(2):
         await IndexProjection(store).sweep(0)
-    assert await store.client.keys("*ndex*:b") == []
+    with redis.client() as client:
+        assert client.keys("*ndex*:b") == []
     assert await store.client.zrange("sj:{0}:indexes", 0, -1) == [b"a"]
 
 
@@ -175,15 +177,15 @@ async def test_a_rebuild_gives_the_same(store: Store):
     assert await stored_index(store, "anonymous") == before
 
 
-async def test_an_index_is_small(store: Store):
+async def test_an_index_is_small(store: Store, redis: RedisProcess):
     """A million kept jobs would need gigabytes for their list alone."""
     floor = Floor(store)
     projection = IndexProjection(store)
     for _ in range(400):
         await projection.advance(await floor.submit("chat"))
-    used = 0
-    for name in ("index", "indexed", "indexed_counts"):
-        used += await store.client.memory_usage(f"sj:{{0}}:{name}:anonymous", samples=0)
+    with redis.client() as client:
+        names = [f"sj:{{0}}:{name}:anonymous" for name in ("index", "indexed", "indexed_counts")]
+        used = sum(int(client.memory_usage(name, samples=0) or 0) for name in names)
     assert used / 400 < 260
 
 

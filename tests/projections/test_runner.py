@@ -12,7 +12,7 @@ from streamjobs.errors import ConfigError, JobNotFound, StoreFull, StoreUnavaila
 from streamjobs.projections import build
 from streamjobs.store import Quarantined, Store
 from streamjobs.store.feed import Feed
-from tests.conftest import wait_until
+from tests.conftest import RedisProcess, wait_until
 from tests.projections.bench import (
     Floor,
     carry,
@@ -428,14 +428,15 @@ async def test_a_dead_projectors_notes_are_taken_over(store: Store):
     assert (await lag_of(store))[1:3] == (0, 0)
 
 
-async def test_consumers_that_are_gone_are_removed(store: Store):
+async def test_consumers_that_are_gone_are_removed(store: Store, redis: RedisProcess):
     """Every pod that ever was would be listed, for ever."""
     feed, probe = store.feed, Probe()
     runner = await carry(store, probe)
     await feed.leave(0, "probe", runner.consumer)
     job_id = await Floor(store).submit()
     await feed.read(0, "probe", "dead", 5)
-    await store.client.xgroup_createconsumer(FEED, "probe", "idle")
+    with redis.client() as client:
+        client.xgroup_createconsumer(FEED, "probe", "idle")
     await asyncio.sleep(0.02)
     assert await feed.reap(0, "probe", "me", 60) == []
     assert await feed.reap(0, "probe", "me", 0.01) == ["idle"]

@@ -189,6 +189,15 @@ def test_debug_shows_where_it_happened():
     assert run.returncode != 0
 
 
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_no_error_says_a_secret(options: list[str]):
+    """What a person pastes into a ticket would let its readers in."""
+    run = streamjobs(*options, "status", "--url", "http://u:canary@127.0.0.1:1/?token=canary", "j0-x")
+    assert run.returncode == 1
+    assert "no answer from http://[hidden]@127.0.0.1:1" in run.stderr
+    assert "canary" not in run.stderr
+
+
 def test_without_a_command_there_is_help():
     """`streamjobs` alone would be answered with an error."""
     run = streamjobs()

@@ -6,12 +6,13 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import traceback
 from pathlib import Path
 
 import pytest
 
 from streamjobs import config
-from streamjobs.config import Settings, load_settings
+from streamjobs.config import SECRETS, Settings, load_settings, secrets_of
 from streamjobs.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -22,6 +23,11 @@ Each has a default. They are read, later ones winning, from a file (`--config se
 from variables (`STREAMJOBS_<NAME>`, upper case), and from the command line (`--set name=value`, and the
 options of a command). An unknown name is an error that says which one was probably meant. Durations are
 seconds, sizes bytes.
+
+A secret (`redis_url`, `redis_password`, `openai_api_key`, `anthropic_api_key`, `smtp_url`) may be named
+instead of written: `env:NAME` is the variable NAME, `file:/run/secrets/key` what that file holds, without a
+line break at its end. Both are read once, at the start. Prefer files: command lines are seen by everybody on
+a machine, variables by every process that ours starts.
 
 In Kubernetes set `enableServiceLinks: false` for our pods: otherwise the variables that it injects for a
 Service named `streamjobs` look like settings, and the program refuses to start.
@@ -175,6 +181,94 @@ def test_keys_are_read_from_where_everybody_has_them():
     env = {"OPENAI_API_KEY": "theirs", "ANTHROPIC_API_KEY": "a", "STREAMJOBS_OPENAI_API_KEY": "ours"}
     settings = load_settings(env=env)
     assert (settings.openai_api_key, settings.anthropic_api_key) == ("ours", "a")
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_may_be_named_instead_of_written(tmp_path: Path, name: str):
+    """Keys would stand in manifests, in repositories, and in command lines that every user sees."""
+    file = tmp_path / "key"
+    file.write_text("from-the-file\n")
+    env = {"KEY": "from-the-variable", f"STREAMJOBS_{name.upper()}": "env:KEY"}
+    changes = {"notify_from": "jobs@example.org"}
+    by_env = load_settings(env=env | {"KEY": f"smtp://{env['KEY']}"}, **changes)
+    assert getattr(by_env, name) == "smtp://from-the-variable"
+    file.write_text("smtp://from-the-file\r\n")
+    by_file = load_settings(env={}, **changes, **{name: f"file:{file}"})
+    assert getattr(by_file, name) == "smtp://from-the-file"
+
+
+def test_a_key_from_where_everybody_has_it_may_be_a_reference_too(tmp_path: Path):
+    """One of two ways to give the same key would send `file:/run/…` to the provider, as the key."""
+    (tmp_path / "key").write_text("sk-1")
+    assert load_settings(env={"OPENAI_API_KEY": f"file:{tmp_path}/key"}).openai_api_key == "sk-1"
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("env:NOWHERE", "there is no variable NOWHERE"),
+        ("file:/nowhere/key", "/nowhere/key: No such file"),
+        ("file:/", "/: Is a directory"),
+    ],
+)
+def test_a_reference_to_nothing_is_told(reference: str, said: str):
+    """The reference itself would be used as the key, and refused much later, by somebody else."""
+    with pytest.raises(ConfigError, match=f"setting 'openai_api_key': {said}"):
+        load_settings(env={}, openai_api_key=reference)
+
+
+def test_other_settings_are_what_they_say():
+    """`file:///var/jobs` is an archive's address, not what the file there holds."""
+    settings = load_settings(env={}, archive_url="file:///var/jobs", default_model="env:HOME")
+    assert (settings.archive_url, settings.default_model) == ("file:///var/jobs", "env:HOME")
+
+
+def test_settings_do_not_say_what_they_are():
+    """A failed assertion, a dump or a debugger's log would hold every key."""
+    settings = Settings(openai_api_key="sk-canary", redis_url="redis://u:canary@h")
+    assert "canary" not in f"{settings!r} {settings} {[settings]} {(settings,)!s}"
+
+
+def test_every_secret_of_the_settings_is_known():
+    """Logs hide the values that they know of."""
+    settings = Settings(
+        redis_url="redis://u:p%40ss@h", redis_password="r", openai_api_key="o", smtp_url="smtps://u:m@h:465"
+    )
+    assert sorted(secrets_of(settings)) == ["m", "o", "p@ss", "r"]
+    assert secrets_of(Settings(redis_url="redis://u:canary[@h")) == ["redis://u:canary[@h"]
+
+
+def test_a_list_of_secrets_may_have_references(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Keys that are rotated come in lists: their references would be taken for keys."""
+    monkeypatch.setattr(config, "SECRETS", ("queues",))
+    (tmp_path / "a").write_text("one\n")
+    settings = load_settings(env={"B": "two", "STREAMJOBS_QUEUES": f"file:{tmp_path}/a,env:B,three"})
+    assert settings.queues == ("one", "two", "three")
+    assert secrets_of(settings) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["openai_api_key: 'sk-canary\n", "a: [\nopenai_api_key: sk-canary: x", b"sk-canary: \xff", "sk-canary"],
+)
+def test_a_file_that_does_not_parse_is_not_quoted(tmp_path: Path, content: str | bytes):
+    """A missing quote would print the key beside it, into the log of the orchestrator."""
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_settings(env={}, file=file)
+    assert "canary" not in "".join(traceback.format_exception(caught.value))
+    assert "settings.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_what_is_wrong_with_a_secret_is_told_without_it(tmp_path: Path, name: str):
+    """A key in the wrong form, a list for a word, would be in the error that says so."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"{name}: [sk-canary]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(env={}, file=file)
+    assert "canary" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -642,6 +642,7 @@ async def test_the_key_and_the_whole_base_url_are_used() -> None:
         ("k", "x.example/v1"),
         ("k", "ftp://x"),
         ("k", "http://"),
+        ("k", "http://u:schl@x"),
     ],
 )
 def test_settings_that_cannot_work_say_so_without_the_key(key: str, base: str) -> None:

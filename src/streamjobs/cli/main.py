@@ -1,6 +1,7 @@
 """The `streamjobs` command: its groups, and how errors look.
 
 Rule 1: an error is one line on standard error and an exit status, never a traceback; `--debug` shows one.
+Neither says a secret.
 Rule 2: standard output is for what was asked for: it can be piped.
 Rule 3: a command imports what it needs when it runs: help is there at once.
 """
@@ -8,6 +9,7 @@ Rule 3: a command imports what it needs when it runs: help is there at once.
 from __future__ import annotations
 
 import sys
+import traceback
 
 import click
 
@@ -19,10 +21,12 @@ from streamjobs.cli.export import export
 from streamjobs.cli.jobs import cancel, status, submit, watch
 from streamjobs.cli.keys import keys
 from streamjobs.cli.notices import notifications, webhooks
+from streamjobs.cli.output import printable
 from streamjobs.cli.projections import projections, stats
 from streamjobs.cli.roles import dev, gateway_process, projector, provider, serve, worker
 from streamjobs.cli.schedules import schedules
 from streamjobs.errors import StreamjobsError
+from streamjobs.redaction import redacted
 
 
 @click.group(
@@ -73,9 +77,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last one to see it; it is told
         if "--debug" in sys.argv:
-            raise
+            sys.stderr.write(redacted(traceback.format_exc()))
+            sys.exit(1)
         _leave(_what_happened(error), 1)
 
 
@@ -94,6 +99,6 @@ def _what_happened(error: Exception) -> str:
 
 
 def _leave(message: str, status: int) -> None:
-    one_line = " ".join(message.split())
+    one_line = " ".join(printable(redacted(message)).split())
     click.secho(f"streamjobs: {one_line}", fg="red" if status in {1, 2} else None, err=True)
     sys.exit(status)

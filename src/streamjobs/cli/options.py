@@ -95,7 +95,7 @@ def read_settings(
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set {assignment}: expected NAME=VALUE")
+            raise ConfigError("--set: expected NAME=VALUE")
         overrides[name.strip()] = from_text(name.strip(), value)
     settings = load_settings(file=config, **overrides)
     set_up_logs(settings)

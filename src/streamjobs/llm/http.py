@@ -394,6 +394,8 @@ def endpoint_url(base: str, path: str) -> httpx.URL:
         url = httpx.URL()
     if url.scheme not in {"http", "https"} or not url.host:
         raise ProviderError("the base URL is not an http or https URL")
+    if url.userinfo:
+        raise ProviderError("the base URL has a user name or a password in it; give a key instead")
     return url.copy_with(path=url.path.rstrip("/") + path)
 
 

@@ -116,7 +116,7 @@ class Store:
         self.client: Any = client
         self._subscriber = subscriber_client(settings)
         self._blocking: list[Redis] = []
-        scripts = Scripts(client, Limits.of(settings), plain=plain)
+        scripts = self.scripts = Scripts(client, Limits.of(settings), plain=plain)
         self.log = Log(client, scripts)
         self.snapshots = Snapshots(scripts, self.log, settings)
         self.jobs = Jobs(client, scripts, settings)

@@ -7,6 +7,8 @@ retried behind its loop's back. TCP_USER_TIMEOUT finds half-open links that keep
 from __future__ import annotations
 
 import socket
+import ssl
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,17 +94,50 @@ def common_options(settings: Settings) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": settings.redis_connect_timeout,
+        "password": settings.redis_password or None,  # what the URL says wins
+        "driver_info": None,  # what we are called is no command that an ACL need allow
     }
     if scheme != "unix":
         options |= {"socket_keepalive": True, "socket_keepalive_options": _keepalive()}
-    return options
+    return options | _tls(settings, scheme)
+
+
+def _tls(settings: Settings, scheme: str) -> dict[str, str]:
+    """What a connection is told of certificates. They are read here to be sure that they can be."""
+    files = {
+        "ssl_ca_certs": settings.redis_tls_ca,
+        "ssl_certfile": settings.redis_tls_cert,
+        "ssl_keyfile": settings.redis_tls_key,
+    }
+    named = {option: file for option, file in files.items() if file}
+    if named and scheme != "rediss":
+        raise ConfigError("setting 'redis_url': certificates are for rediss://, this connection has no TLS")
+    if settings.redis_tls_key and not settings.redis_tls_cert:
+        raise ConfigError("setting 'redis_tls_key': without redis_tls_cert")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _read("redis_tls_ca", settings.redis_tls_ca, context.load_verify_locations)
+    _read("redis_tls_cert", settings.redis_tls_cert, context.load_cert_chain, settings.redis_tls_key or None)
+    return named
+
+
+def _read(setting: str, file: str, load: Callable[..., None], *more: str | None) -> None:
+    if not file:
+        return
+    try:
+        load(file, *more)
+    except OSError as error:  # an `SSLError` is one too
+        raise ConfigError(f"setting {setting!r}: {file}: {error.strerror or error}") from error
 
 
 def _scheme(url: str) -> str:
     try:
-        scheme = urlsplit(url).scheme
-    except ValueError as error:
-        raise ConfigError(f"setting 'redis_url': {error}") from error
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:  # its message quotes what may be the password
+        raise ConfigError(
+            "setting 'redis_url': no URL; a password's special characters are written as %40 for @"
+        ) from None
+    scheme = parts.scheme
     if scheme not in _CONNECTIONS:
         raise ConfigError(f"setting 'redis_url': expected {_FORMS}, not {scheme or 'nothing'!r}")
     return scheme

@@ -20,6 +20,7 @@ from streamjobs.job import Fold
 from streamjobs.segments import DamagedSegment, parse_index
 from streamjobs.store import Store, keys
 from streamjobs.store.log import Entry
+from streamjobs.store.permissions import require_permissions
 from streamjobs.store.scripts import text, translated
 
 CHECKS: dict[str, str] = {
@@ -110,7 +111,8 @@ class Doctor:
         self.report = Report()
 
     async def examine(self) -> Report:
-        """Check everything; raises `StoreUnavailable` only."""
+        """Check everything; raises `StoreUnavailable` only, `MissingPermission` where not all may be seen."""
+        await require_permissions(self._store)
         before = await self._totals()
         found: Counter[str] = Counter()
         async for name in self._keys():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
+import ssl
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any, ClassVar
@@ -18,7 +20,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from streamjobs.config import Settings
-from streamjobs.errors import StoreFull, StoreUnavailable, StreamjobsError
+from streamjobs.errors import MissingPermission, StoreFull, StoreUnavailable, StreamjobsError
 from streamjobs.store import keys
 
 
@@ -133,6 +135,7 @@ class Scripts:
     INDEX: ClassVar = Script("index", "allow-oom")
     STATS: ClassVar = Script("stats", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
+    ALLOWED: ClassVar = Script("allowed", "no-writes", shared=False)
     SEAL: ClassVar = Script("seal", "allow-oom")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 
@@ -210,13 +213,36 @@ _AWAY = (
 def _ours(error: RedisError) -> StreamjobsError:
     if isinstance(error, refusals.OutOfMemoryError):
         return StoreFull("Redis is at its memory limit")
+    if isinstance(error, refusals.NoPermissionError) or "ACL failure in script" in str(error):
+        return MissingPermission(
+            f"Redis does not allow its user {_refused(str(error))}; ask streamjobs doctor"
+        )
     if isinstance(error, _AWAY):
-        return StoreUnavailable(f"Redis cannot be reached: {type(error).__name__}")
+        return StoreUnavailable(f"Redis cannot be reached: {_refusal(error) or type(error).__name__}")
     if isinstance(error, refusals.ResponseError) and str(error).startswith(
         ("LOADING", "MISCONF", "BUSY", "MASTERDOWN", "UNBLOCKED")
     ):
         return StoreUnavailable(f"Redis refuses commands now: {error}")
     return StreamjobsError(f"Redis: {error}")
+
+
+def _refusal(error: BaseException | None) -> str:
+    """Whether one end refuses the other, which redis-py says in an error's cause."""
+    while error is not None:
+        if isinstance(error, refusals.AuthenticationError):
+            return "it refuses the user name or the password"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is refused ({error.verify_message})"
+        if isinstance(error, ssl.SSLError):
+            return f"TLS fails ({error.reason or error})"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _refused(said: str) -> str:
+    """What was refused: a command, keys or channels. Not the user's name: callers of the API may see it."""
+    command = re.search(r"'([a-z|]+)'", said)
+    return f"the command {command[1]}" if command else "a channel" if "channel" in said else "a key"
 
 
 def flatten(rows: Iterable[Iterable[str | bytes | int]]) -> list[str | bytes | int]:
