@@ -79,17 +79,18 @@ def bury() -> Buried:
 
 def children() -> set[int]:
     """The children of this process, zombies too; none where there is no /proc."""
-    own = str(os.getpid()).encode()
-    found: set[int] = set()
-    for name in filter(str.isdecimal, os.listdir("/proc") if IS_LINUX else ()):  # noqa: PTH208 - a hot path
-        with (
-            contextlib.suppress(OSError),
-            Path(f"/proc/{name}/stat").open("rb") as stat,
-        ):  # some end meanwhile
-            _, _, rest = stat.read().rpartition(b")")
-            if rest.split(None, 2)[1] == own:
-                found.add(int(name))
-    return found
+    own = os.getpid()
+    names = os.listdir("/proc") if IS_LINUX else ()  # noqa: PTH208 - a hot path
+    return {int(name) for name in names if name.isdecimal() and parent_of(int(name)) == own}
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 for one that has ended."""
+    try:
+        _, _, rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")
+    except OSError:
+        return 0
+    return int(rest.split(None, 2)[1])
 
 
 def kill(pid: int) -> None:
