@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from streamjobs.app import App, ToolContext
-from streamjobs.errors import ToolError
+from streamjobs.errors import StreamjobsError, ToolError
 from streamjobs.worker.isolation.descendants import parent_of
 
 app = App(name="hostile", builtin_tools=False)
@@ -317,5 +317,8 @@ async def nests() -> Any:
 
 @app.workflow("use")
 async def use(ctx: Any, given: dict[str, Any]) -> Any:
-    """Call a tool and return what comes of it."""
-    return await ctx.tool(given["tool"], **given["arguments"])
+    """Call a tool and return what comes of it, or the code of its failure."""
+    try:
+        return await ctx.tool(given["tool"], **given["arguments"])
+    except StreamjobsError as error:
+        return f"{type(error).__name__}: {error}"

@@ -25,6 +25,7 @@ from streamjobs.worker.outcomes import ToolOutcome
 from streamjobs.worker.tools import call_tool
 from tests import hostile, moody
 from tests.conftest import wait_until
+from tests.orphans import OF_A_TOOL, all_gone, is_gone, written
 
 SETTINGS = Settings(
     redis_url="redis://:secret@example.invalid",
@@ -36,7 +37,6 @@ SETTINGS = Settings(
     tool_process_files=32,
     tool_process_output=1 << 20,
 )
-GONE = {"tool", "child", "grandchild"}
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +67,6 @@ async def error_of(processes: ToolProcesses, name: str, **given: Any) -> ErrorIn
     outcome = await call(processes, name, **given)
     assert outcome.error is not None, outcome
     return outcome.error
-
-
-async def written(file: Path) -> dict[str, int]:
-    """The process ids that a tool has written down."""
-    await wait_until(file.exists, what="the tool's processes")
-    return msgspec.json.decode(file.read_bytes(), type=dict[str, int])
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody buries has, too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-async def all_gone(numbers: dict[str, int], names: set[str]) -> None:
-    for name in names:
-        await wait_until(lambda pid=numbers[name]: is_gone(pid), what=f"the end of the {name}")
 
 
 async def still_works(processes: ToolProcesses) -> None:
@@ -308,14 +289,14 @@ async def test_what_it_has_started_ends_with_its_answer(processes: ToolProcesses
     """Each call could leave a process that lives as long as the machine."""
     assert (await call(processes, "leaves", file=str(tmp_path / "pids"))).output == "returned"
     numbers = await written(tmp_path / "pids")
-    assert {name for name in GONE if not is_gone(numbers[name])} == set(), "they end before the answer"
+    assert [name for name in OF_A_TOOL if not is_gone(numbers[name])] == [], "they end before the answer"
 
 
 async def test_what_it_has_started_ends_at_the_timeout(processes: ToolProcesses, tmp_path: Path):
     """A timeout that ends only the process that it knows would end nothing."""
     error = await error_of(processes, "lingers_too_long", file=str(tmp_path / "pids"))
     assert error.code == "tool_timeout"
-    await all_gone(await written(tmp_path / "pids"), GONE)
+    await all_gone(await written(tmp_path / "pids"))
 
 
 async def test_a_cancelled_call_ends_all_of_it(processes: ToolProcesses, tmp_path: Path):
@@ -325,7 +306,7 @@ async def test_a_cancelled_call_ends_all_of_it(processes: ToolProcesses, tmp_pat
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await calling
-    await all_gone(numbers, GONE | {"supervisor"})
+    await all_gone(numbers, [*OF_A_TOOL, "supervisor"])
     await still_works(processes)
 
 
@@ -340,7 +321,7 @@ async def test_a_supervisor_that_is_killed_takes_all_of_its_call_along(
     assert outcome.error is not None
     assert outcome.error.code == "tool_died"
     assert outcome.is_lost
-    await all_gone(numbers, GONE | {"supervisor"})
+    await all_gone(numbers, [*OF_A_TOOL, "supervisor"])
     await still_works(processes)
 
 
@@ -348,7 +329,7 @@ async def test_a_supervisor_that_hangs_is_given_up(
     processes: ToolProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A tool that could stop it would have all the time there is."""
-    monkeypatch.setattr(worker_side, "_OVERDUE", -59.0)
+    monkeypatch.setattr(worker_side, "_OVERDUE", -59.6)
     monkeypatch.setattr(worker_side, "_HANG_UP_TIMEOUT", 0.1)
     calling = asyncio.create_task(call(processes, "lingers", file=str(tmp_path / "pids")))
     numbers = await written(tmp_path / "pids")
@@ -356,7 +337,7 @@ async def test_a_supervisor_that_hangs_is_given_up(
     outcome = await calling
     assert outcome.error is not None
     assert outcome.error.code == "tool_timeout"
-    await all_gone(numbers, GONE | {"supervisor"})
+    await all_gone(numbers, [*OF_A_TOOL, "supervisor"])
     await still_works(processes)
 
 
@@ -373,7 +354,7 @@ async def test_a_call_survives_the_fork_server_and_the_next_one_has_a_new_one(tm
         assert outcome.error.code == "tool_timeout"
         linger.cancel()
         await asyncio.gather(linger, return_exceptions=True)
-        await all_gone(numbers, {"tool", "child"})
+        await all_gone(numbers, ["tool", "child"])
 
 
 @pytest.mark.parametrize("who", ["supervisor", "server"])
@@ -427,17 +408,16 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 # --- how many -------------------------------------------------------------------------------------------
 
 
-async def test_calls_over_the_number_of_processes_wait_for_their_turn():
+async def test_calls_over_the_number_of_processes_wait_for_their_turn(processes: ToolProcesses):
     """A chat with sixteen calls would start sixteen processes, and a thousand chats as many more."""
-    async with opened(hostile.app) as processes:
 
-        async def one() -> list[float]:
-            async with processes.place(hostile.app.tools["overlaps"]):
-                return (await call(processes, "overlaps")).output
+    async def one() -> list[float]:
+        async with processes.place(hostile.app.tools["overlaps"]):
+            return (await call(processes, "overlaps")).output
 
-        ran = await asyncio.gather(*(one() for _ in range(6)))
+    ran = await asyncio.gather(*(one() for _ in range(6)))
     for begun, _ in ran:
-        assert sum(start <= begun < end for start, end in ran) <= 2
+        assert sum(start <= begun < end for start, end in ran) <= SETTINGS.tool_processes
 
 
 # --- how it is declared, and started --------------------------------------------------------------------
