@@ -206,7 +206,7 @@ def lingers(file: str, context: ToolContext) -> None:
     _linger(file, numbers, context)
 
 
-@app.tool(isolated=True, timeout=0.5)
+@app.tool(isolated=True, timeout=2.0)
 def lingers_too_long(file: str, context: ToolContext) -> None:
     """The same, until its time is up."""
     _linger(file, {"tool": os.getpid()}, context)
@@ -284,7 +284,6 @@ def attacks(who: str) -> str:
     """Kill those above."""
     supervisor = parent_of(os.getpid())
     os.kill(parent_of(supervisor) if who == "server" else supervisor, signal.SIGKILL)
-    time.sleep(LONG)
     return "survived"
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from streamjobs.config import Settings
 from streamjobs.errors import Invalid
 from streamjobs.events import ErrorInfo
 from streamjobs.worker.isolation import processes as worker_side
+from streamjobs.worker.isolation.descendants import children
 from streamjobs.worker.isolation.processes import ToolProcesses
 from streamjobs.worker.outcomes import ToolOutcome
 from streamjobs.worker.tools import call_tool
@@ -267,6 +269,22 @@ async def test_a_forged_error_has_no_more_than_a_code_and_a_message(processes: T
     assert len(outcome.error.message) <= 500
 
 
+@pytest.mark.parametrize(
+    ("written_value", "output"),
+    [('"a\\u0000b"', "a\ufffdb"), ("[" * 200 + "]" * 200, None), ("[" + "1," * 5000 + "1]", "[1,1")],
+    ids=["nul", "deep", "large"],
+)
+async def test_a_forged_output_is_cleaned_cut_and_bounded_again(
+    processes: ToolProcesses, written_value: str, output: str | None
+):
+    """What the runtime promises of a result is not what a process has to keep."""
+    line = f'{{"type": "answer", "output": {written_value}}}\n'
+    outcome = await call(processes, "dies_saying", app=_app_of(dies_saying), what=line)
+    assert (outcome.output or "")[:4] == (output or "")
+    assert len(outcome.output or "") <= SETTINGS.max_tool_output
+    assert (outcome.error is None) == (output is not None)
+
+
 async def test_one_that_floods_the_pipe_is_killed(processes: ToolProcesses):
     """The worker would hold all of it in memory."""
     error = await error_of(processes, "writes", what="x" * 100_000, times=100)
@@ -290,13 +308,6 @@ async def test_what_it_has_started_ends_with_its_answer(processes: ToolProcesses
     assert (await call(processes, "leaves", file=str(tmp_path / "pids"))).output == "returned"
     numbers = await written(tmp_path / "pids")
     assert [name for name in OF_A_TOOL if not is_gone(numbers[name])] == [], "they end before the answer"
-
-
-async def test_what_it_has_started_ends_at_the_timeout(processes: ToolProcesses, tmp_path: Path):
-    """A timeout that ends only the process that it knows would end nothing."""
-    error = await error_of(processes, "lingers_too_long", file=str(tmp_path / "pids"))
-    assert error.code == "tool_timeout"
-    await all_gone(await written(tmp_path / "pids"))
 
 
 async def test_a_cancelled_call_ends_all_of_it(processes: ToolProcesses, tmp_path: Path):
@@ -329,14 +340,13 @@ async def test_a_supervisor_that_hangs_is_given_up(
     processes: ToolProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A tool that could stop it would have all the time there is."""
-    monkeypatch.setattr(worker_side, "_OVERDUE", -59.6)
     monkeypatch.setattr(worker_side, "_HANG_UP_TIMEOUT", 0.1)
     calling = asyncio.create_task(call(processes, "lingers", file=str(tmp_path / "pids")))
     numbers = await written(tmp_path / "pids")
     os.kill(numbers["supervisor"], signal.SIGSTOP)
-    outcome = await calling
-    assert outcome.error is not None
-    assert outcome.error.code == "tool_timeout"
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
     await all_gone(numbers, [*OF_A_TOOL, "supervisor"])
     await still_works(processes)
 
@@ -344,28 +354,49 @@ async def test_a_supervisor_that_hangs_is_given_up(
 async def test_a_call_survives_the_fork_server_and_the_next_one_has_a_new_one(tmp_path: Path):
     """The system may kill any process: no call may depend on one that has done its part."""
     async with opened(hostile.app) as processes:
-        calling = asyncio.create_task(call(processes, "lingers_too_long", file=str(tmp_path / "one")))
-        linger = asyncio.create_task(call(processes, "lingers", file=str(tmp_path / "two")))
-        numbers = await written(tmp_path / "two")
+        calling = asyncio.create_task(call(processes, "lingers", file=str(tmp_path / "pids")))
+        numbers = await written(tmp_path / "pids")
         os.kill(numbers["server"], signal.SIGKILL)
         await still_works(processes)
-        outcome = await calling
-        assert outcome.error is not None
-        assert outcome.error.code == "tool_timeout"
-        linger.cancel()
-        await asyncio.gather(linger, return_exceptions=True)
-        await all_gone(numbers, ["tool", "child"])
+        assert not is_gone(numbers["tool"])
+        assert not calling.done()
+        os.kill(numbers["supervisor"], signal.SIGKILL)
+        assert (await calling).is_lost
+        await all_gone(numbers, ["tool"])  # even now: it dies with its parent
+        for name in ("child", "grandchild"):
+            os.kill(numbers[name], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("who", ["supervisor", "server"])
-async def test_one_that_attacks_those_above_it_harms_itself_at_most(processes: ToolProcesses, who: str):
-    """Where the kernel keeps signals inside (Landlock) it cannot; elsewhere it loses its own call."""
-    outcome = await asyncio.wait_for(
-        call_tool(hostile.app, SETTINGS, "attacks", {"who": who}, ToolContext(), processes), 60
-    )
+async def test_the_timeout_is_kept_though_the_worker_stands_still(processes: ToolProcesses, tmp_path: Path):
+    """Another tool that blocks the worker's event loop would give this one all the time that it takes."""
+    calling = asyncio.create_task(call(processes, "lingers_too_long", file=str(tmp_path / "pids")))
+    numbers = await written(tmp_path / "pids")
+    deadline = time.monotonic() + 40
+    while not all(is_gone(numbers[name]) for name in OF_A_TOOL) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the event loop does not run
+    assert [name for name in OF_A_TOOL if not is_gone(numbers[name])] == []
+    outcome = await calling
     assert outcome.error is not None
-    assert outcome.error.code in {"tool_error", "tool_died", "tool_timeout"}
-    await still_works(processes)
+    assert outcome.error.code == "tool_timeout"
+
+
+async def test_one_that_attacks_those_above_it_harms_itself_at_most(processes: ToolProcesses):
+    """One call could end the worker's other ones, or the worker."""
+    program = """
+import sys
+from streamjobs.worker.isolation import confinement
+confinement.drop_privileges()
+sys.exit(confinement.leave_others_alone())
+"""
+    keeps_signals_inside = await asyncio.to_thread(subprocess.call, [sys.executable, "-c", program])
+    for who in ("supervisor", "server"):
+        outcome = await call(processes, "attacks", who=who)
+        said = outcome.output or (outcome.error and outcome.error.message) or ""
+        if keeps_signals_inside:  # Linux 6.12 and later
+            assert "Operation not permitted" in said
+        else:
+            assert "its supervisor was killed" in said or who == "server"
+        await still_works(processes)
 
 
 # --- what it sees ---------------------------------------------------------------------------------------
@@ -495,8 +526,10 @@ async def test_a_fork_server_that_does_not_start_fails_the_call_in_time(
     monkeypatch.setenv("MOOD", mood)
     timeout = 0.2 if mood == "hangs" else 60.0
     changes = {"tool_process_env": ("MOOD",), "tool_process_start_timeout": timeout}
+    before = children()
     async with opened(moody.app, **changes) as processes:
         outcome = await call(processes, "answers", app=moody.app)
+        assert children() == before or mood == "exits", "the next call has another one"
     assert outcome.error is not None
     assert (outcome.error.code, outcome.error.retryable) == ("tool_not_started", True)
     assert not outcome.is_lost
