@@ -250,6 +250,7 @@ def _linger(file: str, numbers: dict[str, int], context: ToolContext) -> None:
 
 
 def _write_down(file: str, numbers: dict[str, int]) -> None:
+    Path(f"{file}.folder").write_text(str(Path.cwd()))
     part = Path(f"{file}.part")
     part.write_bytes(msgspec.json.encode(numbers))
     part.rename(file)

@@ -33,12 +33,17 @@ async def tool_events(bench: Lab, job_id: str) -> list[str]:
 async def test_the_kill_of_a_worker_leaves_nothing_of_a_tool_behind(redis: RedisProcess, tmp_path: Path):
     """Each crash would leave processes that nobody knows, still at what the next run repeats."""
     async with lab(redis.url) as bench:
-        with worker_process(bench.store.settings, "tests.hostile:app") as worker:
+        folders = tmp_path / "folders"
+        folders.mkdir()
+        env = {"TMPDIR": str(folders)}
+        with worker_process(bench.store.settings, "tests.hostile:app", env=env) as worker:
             job_id = await use(bench, "lingers", file=str(tmp_path / "pids"))
             numbers = await written(tmp_path / "pids")
             await bench.until(job_id, "tool.progress")
+            assert list(folders.iterdir()) != []
             worker.kill()
             await all_gone(numbers, [*OF_A_TOOL, *ABOVE_IT])
+        assert list(folders.iterdir()) == []
 
 
 async def test_a_tool_finds_no_secret_of_its_worker(redis: RedisProcess):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -333,6 +334,8 @@ async def test_a_supervisor_that_is_killed_takes_all_of_its_call_along(
     assert outcome.error.code == "tool_died"
     assert outcome.is_lost
     await all_gone(numbers, [*OF_A_TOOL, "supervisor"])
+    folder = Path((tmp_path / "pids.folder").read_text())
+    await wait_until(lambda: not folder.exists(), what="the folder's removal")
     await still_works(processes)
 
 
@@ -351,8 +354,11 @@ async def test_a_supervisor_that_hangs_is_given_up(
     await still_works(processes)
 
 
-async def test_a_call_survives_the_fork_server_and_the_next_one_has_a_new_one(tmp_path: Path):
+async def test_a_call_survives_the_fork_server_and_the_next_one_has_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The system may kill any process: no call may depend on one that has done its part."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with opened(hostile.app) as processes:
         calling = asyncio.create_task(call(processes, "lingers", file=str(tmp_path / "pids")))
         numbers = await written(tmp_path / "pids")
@@ -365,6 +371,7 @@ async def test_a_call_survives_the_fork_server_and_the_next_one_has_a_new_one(tm
         await all_gone(numbers, ["tool"])  # even now: it dies with its parent
         for name in ("child", "grandchild"):
             os.kill(numbers[name], signal.SIGKILL)
+    assert list(tmp_path.glob("streamjobs-tools-*")) == []
 
 
 async def test_the_timeout_is_kept_though_the_worker_stands_still(processes: ToolProcesses, tmp_path: Path):

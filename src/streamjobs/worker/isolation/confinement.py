@@ -52,6 +52,11 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Be killed for that no longer."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def be_first_to_go() -> None:
     """Where the machine's memory is short, let the kernel choose this process and what it forks."""
     with contextlib.suppress(OSError):  # no Linux, or a /proc that is not ours to write

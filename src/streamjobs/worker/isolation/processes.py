@@ -13,10 +13,12 @@ import contextlib
 import operator
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from pathlib import Path
 
@@ -104,6 +106,7 @@ class ToolProcesses:
         self._settings = settings
         self._places = asyncio.Semaphore(settings.tool_processes)
         self._server: _ForkServer | None = None
+        self._folder = ""
 
     def warm(self) -> None:
         """Start importing the modules of isolated tools, if there are any."""
@@ -114,7 +117,9 @@ class ToolProcesses:
     async def aclose(self) -> None:
         """End the fork server. Calls have ended, or are cancelled, before."""
         if self._server is not None:
-            await self._server.aclose()
+            self._server.kill()
+        if self._folder:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     @contextlib.asynccontextmanager
     async def place(self, tool: Tool) -> AsyncGenerator[None]:
@@ -191,7 +196,8 @@ class ToolProcesses:
             self._server.kill()  # closes it
             self._server = None
         if self._server is None:
-            self._server = _ForkServer(self._modules, self._settings)
+            self._folder = self._folder or tempfile.mkdtemp(prefix="streamjobs-tools-")
+            self._server = _ForkServer(self._folder, self._modules, self._settings)
         return self._server
 
     def _give_up(self, server: _ForkServer, error: OSError) -> None:
@@ -202,7 +208,7 @@ class ToolProcesses:
 class _ForkServer:
     """The process that forks, from outside."""
 
-    def __init__(self, modules: list[str], settings: Settings) -> None:
+    def __init__(self, folder: str, modules: list[str], settings: Settings) -> None:
         """Start it. Raises `OSError`, also where there can be none."""
         _require_fork()
         _hide_memory()
@@ -211,7 +217,7 @@ class _ForkServer:
         with theirs, _closing_on_error(self._orders):
             # -P: a file of the current folder that is named like one of ours must not hide it
             self._process = subprocess.Popen(  # noqa: S603 - our own program
-                [sys.executable, "-P", "-m", FORK_SERVER, str(theirs.fileno()), *modules],
+                [sys.executable, "-P", "-m", FORK_SERVER, str(theirs.fileno()), folder, *modules],
                 env=_environment(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -235,13 +241,6 @@ class _ForkServer:
         self._orders.close()
         self._process.kill()
         self._process.wait()
-
-    async def aclose(self) -> None:
-        """Let it end."""
-        self._orders.close()
-        if self.is_alive:
-            self._process.kill()  # it holds nothing that wants an order
-            await asyncio.to_thread(self._process.wait)
 
 
 def _require_fork() -> None:

@@ -13,7 +13,6 @@ import select
 import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,14 +39,17 @@ _END_TIMEOUT = 5.0
 """Seconds to end what a tool started, and to tell the worker."""
 
 
-def supervise(channel: socket.socket) -> bool:
-    """Run the one call that the worker names on the channel; False where some of it could not be ended."""
+def supervise(channel: socket.socket, folder: Path) -> bool:
+    """Run the one call that the worker names on the channel, in a folder that is made for it.
+
+    False where some of it could not be ended.
+    """
     request = _read_request(channel)
     if request is None or _has_hung_up(channel):
         return True
     confinement.adopt_orphans()
-    folder = Path(tempfile.mkdtemp(prefix="streamjobs-tool-"))
     try:
+        folder.mkdir(mode=0o700)
         return Supervisor(channel, request, folder).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
