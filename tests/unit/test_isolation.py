@@ -500,7 +500,8 @@ def test_a_setting_isolates_tools_that_were_not_declared_so():
 async def test_the_included_tools_can_be_isolated(tmp_path: Path):
     """They read files that a model names."""
     (tmp_path / "note.txt").write_text("hello")
-    settings = msgspec.structs.replace(SETTINGS, isolated_tools=("*",), files_root=str(tmp_path))
+    root = os.path.relpath(tmp_path)  # from where the worker is, not the tool
+    settings = msgspec.structs.replace(SETTINGS, isolated_tools=("*",), files_root=root)
     app = App()
     processes = ToolProcesses(app.tools, settings)
     outcome = await call_tool(app, settings, "read_file", {"path": "note.txt"}, ToolContext(), processes)

@@ -8,6 +8,7 @@ Rule 3: whoever reads what a tool wrote believes nothing of it.
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -95,7 +96,9 @@ def frame(kind: bytes, payload: bytes = b"") -> bytes:
 def shown_settings(settings: Settings) -> dict[str, Any]:
     """The settings that an isolated tool's context has; all others are at their defaults there."""
     names = (name for name in FIELDS if name in _SHOWN or name.startswith("fetch_"))
-    return {name: getattr(settings, name) for name in names}
+    shown = {name: getattr(settings, name) for name in names}
+    root = settings.files_root  # it may be relative, and the tool begins elsewhere
+    return shown | {"files_root": str(Path(root).absolute()) if root else ""}
 
 
-_SHOWN = frozenset({"files_root", "max_tool_output", "tool_timeout"})
+_SHOWN = frozenset({"max_tool_output", "tool_timeout"})

@@ -138,7 +138,9 @@ class ToolProcesses:
         try:
             request = frame(REQUEST, msgspec.json.encode(self._request(tool, arguments, context, timeout)))
             call = await self._started(request)
-        except (Invalid, OSError) as error:
+        except Invalid as error:
+            return failed(NOT_STARTED, str(error))
+        except OSError as error:
             why = str(error) or type(error).__name__
             return failed(NOT_STARTED, f"the tool's process did not start: {why}", retryable=True)
         try:
