@@ -203,13 +203,9 @@ def lingers(file: str, context: ToolContext) -> None:
     """Start processes that try to get away, write down everybody's number, and stay."""
     own = os.getpid()
     numbers = {"tool": own, "supervisor": parent_of(own), "server": parent_of(parent_of(own))}
-    _linger(file, numbers, context)
-
-
-@app.tool(isolated=True, timeout=2.0)
-def lingers_too_long(file: str, context: ToolContext) -> None:
-    """The same, until its time is up."""
-    _linger(file, {"tool": os.getpid()}, context)
+    _write_down(file, numbers | _get_away())
+    context.progress(1, "lingering")
+    time.sleep(LONG)
 
 
 @app.tool(isolated=True)
@@ -241,12 +237,6 @@ def find_nothing(_key: str) -> str:
 app.tool(name="pays_known", isolated=True, effect="once", lookup=find_payment)(pays)
 app.tool(name="pays_again", isolated=True, effect="once", lookup=find_nothing)(pays)
 app.tool(name="pays_asked", isolated=True, effect="once", recovery="ask")(pays)
-
-
-def _linger(file: str, numbers: dict[str, int], context: ToolContext) -> None:
-    _write_down(file, numbers | _get_away())
-    context.progress(1, "lingering")
-    time.sleep(LONG)
 
 
 def _write_down(file: str, numbers: dict[str, int]) -> None:
