@@ -171,6 +171,43 @@ async def test_what_it_leaves_in_its_folder_is_removed(processes: ToolProcesses)
     await wait_until(lambda: not folder.exists(), what="the folder's removal")
 
 
+async def test_a_worker_whose_folder_was_tidied_away_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Systems clear what was long untouched in /tmp: after a quiet week each call would fail."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with opened(hostile.app) as processes:
+        await still_works(processes)
+        (folder,) = tmp_path.iterdir()
+        for _ in range(2):
+            await wait_until(lambda: list(folder.iterdir()) == [], what="the removal of the call's own")
+            folder.rmdir()
+            await still_works(processes)
+        await wait_until(lambda: list(folder.iterdir()) == [], what="the removal of the call's own")
+        folder.rmdir()
+        folder.write_text("no folder")
+        error = await error_of(processes, "litters")
+        assert (error.code, error.retryable) == ("tool_not_started", True)
+        folder.unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_calls_leave_no_files_open_in_the_worker(processes: ToolProcesses):
+    """After some thousands of them it could take no job any more."""
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    async def several() -> None:
+        given = [("add", {"point": {"x": 1}}), ("raises", {"how": "error"}), ("dies", {"how": "exit"})]
+        await asyncio.gather(*(call(processes, name, **arguments) for name, arguments in given * 4))
+
+    await several()
+    before = open_files()
+    await several()
+    await wait_until(lambda: open_files() <= before, what="the end of the calls' connections")
+
+
 # --- how it may end -------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,6 @@ def supervise(channel: socket.socket, folder: Path) -> bool:
         return True
     confinement.adopt_orphans()
     try:
-        folder.mkdir(mode=0o700)
         return Supervisor(channel, request, folder).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +98,7 @@ class Supervisor:
         self._pending += frame(STARTED, str(os.getpid()).encode())
         try:
             self._start()
-        except OSError as error:  # no more processes or files
+        except OSError as error:  # no more processes, files or disk
             self._finish(End("not_started", error=str(error)))
             return True
         reason = self._watch()
@@ -111,6 +110,9 @@ class Supervisor:
         return is_over
 
     def _start(self) -> None:
+        with contextlib.suppress(FileExistsError):  # it is there, unless somebody has tidied up
+            self._folder.parent.mkdir(mode=0o700)
+        self._folder.mkdir(mode=0o700)
         self._pipe, write = os.pipe()
         os.set_blocking(self._pipe, False)
         self._tool = os.fork()
