@@ -121,6 +121,7 @@ class App:
         rate: str | None = None,
         recovery: Recovery = "tell",
         lookup: Callable[[str], Any] | None = None,
+        isolated: bool = False,
     ) -> Callable[[Function], Function]: ...
 
     def tool(
@@ -136,6 +137,7 @@ class App:
         rate: str | None = None,
         recovery: Recovery = "tell",
         lookup: Callable[[str], Any] | None = None,
+        isolated: bool = False,
     ) -> Callable[..., Any]:
         """Register a function that models may call; with or without parentheses.
 
@@ -144,7 +146,8 @@ class App:
         `rate` (`"30/m"`) bounds the calls of all workers together. `lookup` and `recovery` say what becomes
         of a `once` call whose worker died: `lookup(key)` returns its output or raises `LookupError`;
         without it the caller is told that the outcome is unknown, or with `recovery="ask"` a person
-        decides.
+        decides. An `isolated` one runs in a process of its own, with limits, and without our secrets; it
+        must be a function of a module.
 
         Raises what `Tool.of` raises, and `ValueError` for a name that is taken.
         """
@@ -160,6 +163,7 @@ class App:
                 rate=rate,
                 recovery=recovery,
                 lookup=lookup,
+                isolated=isolated,
             )
             self.add_tool(tool)
             return function

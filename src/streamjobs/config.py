@@ -201,6 +201,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files_root: str = ""
     """The folder that `read_file` and `list_files` may see; empty: they are not offered."""
 
+    # --- isolated tools
+    isolated_tools: tuple[str, ...] = ()
+    """Tools that run in a process of their own beside those declared so; `*`: all. As text: with commas."""
+    tool_processes: int = 8
+    """Isolated calls that one worker runs at once; others wait for their turn."""
+    tool_process_memory: int = 512 * 1024 * 1024
+    """Address space that an isolated tool's process may take, beyond what its imports have."""
+    tool_process_file: int = 64 * 1024 * 1024
+    """The largest file that it may write."""
+    tool_process_files: int = 256
+    """Files and connections that it may have open."""
+    tool_process_output: int = 4 * 1024 * 1024
+    """Bytes that it may send in all, progress included; one that sends more is killed."""
+    tool_process_env: tuple[str, ...] = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    """The variables of the worker's environment that it sees. As text: with commas."""
+    tool_process_start_timeout: float = 30.0
+    """How long its start may take, where the modules of isolated tools must be imported first."""
+
     # --- providers
     provider: str = ""
     """`openai` or `anthropic`, for models named without one; empty: whichever has a key."""
@@ -356,7 +374,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 FIELDS = Settings.__struct_fields__
-SECRETS = ("redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url")
+SECRETS = (
+    "redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url", "jwt_secrets", "token_keys",
+)  # fmt: skip
 """Settings that are secrets, or hold one. They may be references."""
 
 
@@ -455,19 +475,15 @@ def _refuse_links(variable: str, text: str) -> None:
         )
 
 
+_LISTS = frozenset(
+    {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow"}
+    | {"isolated_tools", "tool_process_env", "auth", "cors_origins", "jwt_secrets", "token_keys"}
+)
+
+
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {
-        "queues",
-        "priority_weights",
-        "projections",
-        "retention_policies",
-        "webhook_allow",
-        "auth",
-        "cors_origins",
-        "jwt_secrets",
-        "token_keys",
-    }:
+    if name not in _LISTS:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -510,6 +526,8 @@ _POSITIVE = (
     "serve_workers", "serve_restart_cap",
     "projector_concurrency", "archive_timeout",
     "jwt_jwks_ttl", "token_ttl", "token_max_age",
+    "tool_processes", "tool_process_memory", "tool_process_file", "tool_process_files", "tool_process_output",
+    "tool_process_start_timeout",
 )  # fmt: skip
 
 

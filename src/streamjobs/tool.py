@@ -94,7 +94,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     the `ToolContext`, if any; `needs` names the setting without which the tool is not offered. `approval`, if
     any, is what a person is asked before each call; `lookup`, if any, is called with the idempotency key of a
     `once` call whose outcome was not recorded: it returns the output, or raises `LookupError` where there
-    is none.
+    is none. An `isolated` one runs in a process of its own, which finds it by its module and name.
     """
 
     name: str
@@ -111,6 +111,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     rate: Rate | None = None
     recovery: Recovery = "tell"
     lookup: Callable[[str], Any] | None = None
+    isolated: bool = False
 
     @classmethod
     def of(
@@ -126,11 +127,13 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
         rate: str | None = None,
         recovery: Recovery = "tell",
         lookup: Callable[[str], Any] | None = None,
+        isolated: bool = False,
     ) -> Tool:
         """Make a tool of a function: its name, its docstring's first paragraph and its type hints.
 
         Raises `TypeError` for what a model cannot call: positional-only and variadic parameters, generators,
-        types that JSON does not know; `ValueError` for a name, timeout or effect that does not fit.
+        types that JSON does not know, an isolated function that its module does not name; `ValueError` for a
+        name, timeout or effect that does not fit.
         """
         name = name or name_of(function)
         if effect not in typing.get_args(Effect):
@@ -140,6 +143,10 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
         require_positive(f"tool {name!r}: timeout", timeout)
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"tool {name!r}: a generator cannot be a tool, return the whole result")
+        if isolated and not is_importable(function):
+            raise TypeError(
+                f"tool {name!r}: what is isolated must be a function of a module, found by its name"
+            )
         arguments_type, context_parameter = _arguments_of(function, name)
         return cls(
             name=name,
@@ -156,6 +163,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
             rate=None if rate is None else Rate.parse(rate),
             recovery=recovery,
             lookup=lookup,
+            isolated=isolated,
         )
 
     @property
@@ -222,6 +230,11 @@ def hints_of(function: Callable[..., Any], what: str) -> dict[str, Any]:
         return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError) as error:
         raise TypeError(f"{what}: its type hints must resolve when it is registered: {error}") from error
+
+
+def is_importable(function: Callable[..., Any]) -> bool:
+    """Whether another process may find it by its module and name: it is no lambda and no inner function."""
+    return inspect.isfunction(function) and "<" not in function.__qualname__
 
 
 def name_of(function: Callable[..., Any]) -> str:

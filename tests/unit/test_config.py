@@ -170,8 +170,13 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes):
 def test_lists_come_from_variables():
     """Queues could be declared in files only."""
     settings = load_settings(
-        env={"STREAMJOBS_QUEUES": "default, bulk,,slow ", "STREAMJOBS_PRIORITY_WEIGHTS": "1,2,3"}
+        env={
+            "STREAMJOBS_QUEUES": "default, bulk,,slow ",
+            "STREAMJOBS_PRIORITY_WEIGHTS": "1,2,3",
+            "STREAMJOBS_TOOL_PROCESS_ENV": "PATH,HOME",
+        }
     )
+    assert settings.tool_process_env == ("PATH", "HOME")
     assert settings.queues == ("default", "bulk", "slow")
     assert settings.priority_weights == (1, 2, 3)
 
@@ -304,6 +309,8 @@ def test_what_is_wrong_with_a_secret_is_told_without_it(tmp_path: Path, name: st
         ("redis_timeout", "1e400"),
         ("page_events", "0"),
         ("retention", "0"),
+        ("tool_processes", "0"),
+        ("tool_process_memory", "0"),
     ],
 )
 def test_a_bad_value_names_its_setting(name: str, value: str):

@@ -20,7 +20,8 @@ from streamjobs.errors import Invalid, ToolError
 from streamjobs.events import ErrorInfo, ToolCompleted, decode_event, encode_event
 from streamjobs.worker import calls
 from streamjobs.worker.calls import abandoned_calls
-from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, tool_result_text
+from streamjobs.worker.outcomes import ToolOutcome, tool_result_text
+from streamjobs.worker.tools import call_tool, idempotency_key
 
 SETTINGS = Settings(tool_timeout=60.0, max_tool_output=1000)
 HANGS = 0.4

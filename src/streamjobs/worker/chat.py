@@ -30,8 +30,8 @@ from streamjobs.retry import Backoff
 from streamjobs.tool import Tool
 from streamjobs.worker.context import Context
 from streamjobs.worker.described import describe
+from streamjobs.worker.outcomes import tool_result_text
 from streamjobs.worker.toolcall import ToolCall, shown_arguments
-from streamjobs.worker.tools import tool_result_text
 
 log = structlog.get_logger(__name__)
 

@@ -34,13 +34,14 @@ from streamjobs.store import Clock, Lease, Store
 from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
 from streamjobs.worker.history import History, Occurrence, OpKey, artifact_op
+from streamjobs.worker.isolation.processes import ToolProcesses
 from streamjobs.worker.news import News
+from streamjobs.worker.outcomes import ToolOutcome
 from streamjobs.worker.patience import patiently
 from streamjobs.worker.recorder import Journal
 from streamjobs.worker.replay import Replay
 from streamjobs.worker.steps import ONCE, WITHIN, Step
 from streamjobs.worker.toolcall import ToolCall, shown_arguments
-from streamjobs.worker.tools import ToolOutcome
 from streamjobs.worker.values import digest, encode_clean
 from streamjobs.worker.waits import approve, sleep, wait_for
 
@@ -62,6 +63,7 @@ class Surroundings(NamedTuple):
     should_stop: Callable[[], bool]
     is_stopped_for_good: Callable[[], bool]
     is_struck: Callable[[str], bool]
+    processes: ToolProcesses | None = None
 
 
 class Context:
@@ -90,6 +92,7 @@ class Context:
         self.settings = surroundings.settings
         self.providers = surroundings.providers
         self.clock = surroundings.clock
+        self.processes = surroundings.processes
         self.turn = 0
         self.is_chatting = False
         self.call_ids: set[str] = set()

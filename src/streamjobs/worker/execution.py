@@ -51,6 +51,7 @@ from streamjobs.worker.chat import chat
 from streamjobs.worker.context import Context, Surroundings
 from streamjobs.worker.described import MAX_MESSAGE, clean_message, describe, leaves
 from streamjobs.worker.history import History
+from streamjobs.worker.isolation.processes import ToolProcesses
 from streamjobs.worker.news import News
 from streamjobs.worker.parking import Parking
 from streamjobs.worker.recorder import Committer, Journal
@@ -77,6 +78,7 @@ class Services(NamedTuple):
     is_draining: Callable[[], bool]
     left_behind: set[asyncio.Task[Any]]
     is_struck: Callable[[str], bool] = lambda _: False
+    processes: ToolProcesses | None = None
 
 
 class _Ending(NamedTuple):
@@ -292,6 +294,7 @@ class Execution:
             should_stop=services.is_draining,
             is_stopped_for_good=lambda: self._stopped in {"cancel", "timeout"},
             is_struck=services.is_struck,
+            processes=services.processes,
         )
         context = Context(self.lease, history, self.journal, replay, news, surroundings)
         if news.is_behind:

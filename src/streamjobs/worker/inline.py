@@ -37,6 +37,7 @@ from streamjobs.store import (
 )
 from streamjobs.store.keys import new_job_id
 from streamjobs.worker.execution import Execution, Services
+from streamjobs.worker.isolation.processes import ToolProcesses
 from streamjobs.worker.recorder import Committer
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class _Engine:
         self._loop = asyncio.get_running_loop()
         self._clock = Clock(lambda: time.time_ns() // 1_000_000)
         self._providers = Providers(settings)
+        self._processes = ToolProcesses(app.tools, settings)
         self._committer = Committer(cast("Any", self), 0, settings)
         self._committing = asyncio.create_task(self._committer.run(), name="commit")
         self._running: set[asyncio.Task[None]] = set()
@@ -167,6 +169,7 @@ class _Engine:
             task.cancel()
         await asyncio.gather(*self._running, self._committing, return_exceptions=True)
         await self._providers.aclose()
+        await self._processes.aclose()
 
     # --- what a workflow finds as `store.jobs`
 
@@ -248,6 +251,7 @@ class _Engine:
             {0: self._committer},
             lambda: False,
             set(),
+            processes=self._processes,
         )
 
     async def _until_woken(self, job: _Job) -> None:

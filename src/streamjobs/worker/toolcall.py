@@ -4,11 +4,13 @@ Rule 1: `tool.started` is in the log before the tool's effect; a `once` tool tha
 recorded does not run again by itself.
 Rule 2: every failure of a tool is an outcome; none fails the job.
 Rule 3: a person is asked, and limits are waited for, before `tool.started`.
+Rule 4: an isolated `once` tool whose process died is one that was started and never recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -26,8 +28,9 @@ from streamjobs.inputs import is_too_deep
 from streamjobs.store import Permit
 from streamjobs.tool import Rate, Tool, ToolContext
 from streamjobs.worker.calls import Raised, Returned, call
+from streamjobs.worker.outcomes import ToolOutcome, outcome_of
 from streamjobs.worker.patience import patiently
-from streamjobs.worker.tools import ToolOutcome, call_tool, idempotency_key, outcome_of
+from streamjobs.worker.tools import call_tool, idempotency_key
 from streamjobs.worker.waits import approve, wait_while
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class ToolCall:
         self._turn = turn
         self._call = call
         self._record = ctx.history.tool(call.call_id)
+        self._was_recovered = False
         self.recorded: tuple[asyncio.Future[int], ev.Event] | None = None
 
     async def run(self, *, is_refused: bool = False) -> ToolOutcome:
@@ -98,26 +102,46 @@ class ToolCall:
 
     async def _run(self, tool: Tool) -> ToolOutcome:
         with self._ctx.replay.working():
-            await self._start(tool)
-            try:
-                outcome = await call_tool(
-                    self._ctx.app, self._ctx.settings, tool.name, self._call.arguments, self._context()
-                )
-            except asyncio.CancelledError:
-                self._abandon()
-                raise
+            async with self._place(tool):
+                outcome = await self._attempt(tool)
             fault("after_tool_effect")
-            self._finish(outcome)
-            fault("after_tool_completed")
-        return outcome
+            if not outcome.is_lost or tool.effect != "once":
+                self._finish(outcome)
+                fault("after_tool_completed")
+                return outcome
+        return await self._after_loss(tool, outcome)
+
+    def _place(self, tool: Tool) -> contextlib.AbstractAsyncContextManager[None]:
+        processes = self._ctx.processes
+        return contextlib.nullcontext() if processes is None else processes.place(tool)
+
+    async def _attempt(self, tool: Tool) -> ToolOutcome:
+        await self._start(tool)
+        ctx, context = self._ctx, self._context()
+        try:
+            return await call_tool(
+                ctx.app, ctx.settings, tool.name, self._call.arguments, context, ctx.processes
+            )
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
+
+    async def _after_loss(self, tool: Tool, outcome: ToolOutcome) -> ToolOutcome:
+        """A `once` call whose process died: recovered as after a crash of the worker, but only one time."""
+        assert outcome.error is not None
+        why = f"{outcome.error.message}; it may or may not have taken effect"
+        if self._was_recovered:
+            return self._unknown(why)
+        return await self._recover(tool, why) or await self._run(tool)
 
     # --- may it run
 
-    async def _recover(self, tool: Tool) -> ToolOutcome | None:
+    async def _recover(self, tool: Tool, why: str = _UNKNOWN_OUTCOME) -> ToolOutcome | None:
         """A `once` call that was started and never recorded.
 
         What is known of it, None where it may run again.
         """
+        self._was_recovered = True
         if tool.lookup is not None:
             return await self._look_up(tool, tool.lookup)
         if tool.recovery == "ask":
@@ -125,7 +149,7 @@ class ToolCall:
             denied = await self._approve(tool, "recovery", question, f"{self._call.call_id}:again")
             if denied is None:
                 return None
-        return self._unknown()
+        return self._unknown(why)
 
     async def _look_up(self, tool: Tool, lookup: Callable[[str], Any]) -> ToolOutcome | None:
         """Ask the tool's own probe; `LookupError` says that nothing happened."""
@@ -230,9 +254,9 @@ class ToolCall:
         self._finish(outcome)
         return outcome
 
-    def _unknown(self) -> ToolOutcome:
-        self._emit_unknown(_UNKNOWN_OUTCOME)
-        return ToolOutcome(error=ErrorInfo(OutcomeUnknown.code, _UNKNOWN_OUTCOME))
+    def _unknown(self, why: str = _UNKNOWN_OUTCOME) -> ToolOutcome:
+        self._emit_unknown(why)
+        return ToolOutcome(error=ErrorInfo(OutcomeUnknown.code, why))
 
     def _abandon(self) -> None:
         """The run is stopped while the tool runs: if no other run follows, its outcome is unknown."""

@@ -31,6 +31,7 @@ from streamjobs.store.keys import partition_of_job
 from streamjobs.store.sweeper import Sweeper
 from streamjobs.worker.calls import abandoned_tasks
 from streamjobs.worker.execution import Execution, Services
+from streamjobs.worker.isolation.processes import ToolProcesses
 from streamjobs.worker.leases import LeaseKeeper, LeaseKey
 from streamjobs.worker.recorder import Committer
 
@@ -106,8 +107,10 @@ class Worker:
         """Work until drained. Cancelling drops everything at once, as kill -9 does.
 
         Raises `StoreUnavailable` where Redis cannot be reached at the start, and `Invalid` for a schedule of
-        the App that does not fit the settings, as one of an unknown queue.
+        the App that does not fit the settings, as one of an unknown queue, or an isolated tool that another
+        process would not find.
         """
+        processes = ToolProcesses(self._app.tools, self._settings)
         metrics.JOBS_RUNNING.set_function(lambda: self.running)
         self._clock.set(await self._store.now_ms())
         await self._store.schedules.declare(self._app.name, self._app.schedules.values())
@@ -124,17 +127,19 @@ class Worker:
             self._draining.is_set,
             self._left_behind,
             self._is_struck,
+            processes,
         )
         keeper = LeaseKeeper(self._settings, self._on_renewals, plain=self._store.is_plain)
         loops = [asyncio.create_task(loop, name=name) for name, loop in self._loops(committers)]
         keeper.start()
+        processes.warm()
         work = asyncio.create_task(self._work(services, keeper), name="take")
         try:
             done, _ = await asyncio.wait({work, *loops}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            await self._stop_everything({work, *loops}, keeper, providers)
+            await self._stop_everything({work, *loops}, keeper, providers, processes)
 
     async def _work(self, services: Services, keeper: LeaseKeeper) -> None:
         await self._take_until_drained(services, keeper)
@@ -150,7 +155,11 @@ class Worker:
         ]
 
     async def _stop_everything(
-        self, loops: set[asyncio.Task[None]], keeper: LeaseKeeper, providers: Providers
+        self,
+        loops: set[asyncio.Task[None]],
+        keeper: LeaseKeeper,
+        providers: Providers,
+        processes: ToolProcesses,
     ) -> None:
         for task in self._tasks:
             task.cancel()
@@ -159,6 +168,7 @@ class Worker:
         await cancel_all(loops)
         await keeper.aclose()
         await providers.aclose()
+        await processes.aclose()
         with contextlib.suppress(StreamjobsError):
             await self._store.workers.leave(self.id)
         disown(self._left_behind | abandoned_tasks())
