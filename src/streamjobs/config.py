@@ -183,6 +183,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files_root: str = ""
     """The folder that `read_file` and `list_files` may see; empty: they are not offered."""
 
+    # --- requests of tools
+    fetch_timeout: float = 20.0
+    """How long one request of a tool's `context.http` may take in all, redirects included."""
+    fetch_max_bytes: int = 4 * 1024 * 1024
+    """The largest answer to one; a larger one is an error."""
+    fetch_max_redirects: int = 5
+    """How often one may be sent on; each place is checked as the first one was."""
+    fetch_http: bool = False
+    """Whether they may be `http://`: for tests and networks of your own."""
+    fetch_allow: tuple[str, ...] = ()
+    """Hosts, and networks as 10.1.0.0/16, that they may reach though they are not public."""
+
     # --- providers
     provider: str = ""
     """`openai` or `anthropic`, for models named without one; empty: whichever has a key."""
@@ -356,9 +368,14 @@ def _refuse_links(variable: str, text: str) -> None:
         )
 
 
+_LISTS = frozenset(
+    {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow", "fetch_allow"}
+)
+
+
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow"}:
+    if name not in _LISTS:
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -398,7 +415,7 @@ _POSITIVE = (
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
-    "serve_workers", "serve_restart_cap",
+    "serve_workers", "serve_restart_cap", "fetch_timeout", "fetch_max_bytes",
     "projector_concurrency", "archive_timeout",
 )  # fmt: skip
 

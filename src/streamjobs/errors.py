@@ -103,6 +103,12 @@ class RefusedTarget(Invalid):
     code = "refused_target"
 
 
+class ResponseTooLarge(StreamjobsError):
+    """What another server answered is over the cap. Ask it for less."""
+
+    code, http_status = "response_too_large", 502
+
+
 class UnreadableSchedule(StreamjobsError):
     """A schedule that another release wrote, and that this one cannot read. Leave it alone."""
 

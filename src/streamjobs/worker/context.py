@@ -30,6 +30,7 @@ from streamjobs.faults import fault
 from streamjobs.inputs import ChatInput, ChatMessage
 from streamjobs.llm import Providers
 from streamjobs.retry import Retry
+from streamjobs.safe_client import SafeClient
 from streamjobs.store import Clock, Lease, Store
 from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
@@ -118,6 +119,11 @@ class Context:
     def metadata(self) -> dict[str, Json]:
         """What the submitter attached."""
         return self.history.submission.metadata
+
+    @property
+    def http(self) -> SafeClient:
+        """HTTP for addresses that a stranger chose. Use it in steps: a second run finds something else."""
+        return SafeClient(self.settings)
 
     @property
     def is_cancelled(self) -> bool:
