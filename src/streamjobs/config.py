@@ -26,6 +26,7 @@ _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _MAX_PARTITIONS = 9999
 _MAX_PORT = 65535
 _MAX_WATCHED = 64
+_MAX_JSON_DEPTH = 100
 _FOREVER = 10 * 365 * 86400.0
 _OTHER_VARIABLES = frozenset(
     {"STREAMJOBS_URL", "STREAMJOBS_FAULT", "STREAMJOBS_TEST_REDIS", "STREAMJOBS_SERVE_SLOT"}
@@ -66,6 +67,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Jobs of one owner that run at once; 0: no limit."""
     owner_rate: int = 0
     """Submissions of one owner a minute; those over it wait their turn (`held: owner_limit`). 0: no limit."""
+    owner_waiting: int = 100_000
+    """Jobs of one owner that may wait: queued, held or delayed; children are never refused. 0: no limit."""
     max_depth: int = 8
     """How deep children may have children."""
     max_children: int = 1000
@@ -238,6 +241,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The longest pause before a gateway process is replaced that ended soon; a first time there is none."""
     max_body: int = 1024 * 1024
     """The largest request body, in bytes."""
+    max_json_items: int = 100_000
+    """Values (elements and members) that the JSON of a request's body may have."""
+    max_json_depth: int = 100
+    """How deep it may nest, at most 100."""
+    max_input: int = 512 * 1024
+    """Bytes of a job's input, as JSON."""
+    max_metadata: int = 16 * 1024
+    """Bytes of a job's metadata, as JSON."""
+    max_prompt: int = 256 * 1024
+    """Bytes of a chat's prompt, or of all its messages."""
+    max_messages: int = 1000
+    """Messages of a chat's input."""
+    max_signal: int = 256 * 1024
+    """Bytes of a signal's payload, as JSON."""
+    owner_streams: int = 1000
+    """Streams and WebSockets that one owner may hold open in one process; 0: no limit."""
     max_wait: float = 60.0
     """The most that `Prefer: wait` or `?wait=` may ask for."""
     flush_interval: float = 0.04
@@ -259,6 +278,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     (Linux). A link that died while a stream was silent shows this long after the next heartbeat."""
     max_head: int = 64 * 1024
     """Bytes that the head of a request may hold, about."""
+    max_headers: int = 100
+    """Headers that a request may have."""
+    max_url: int = 8 * 1024
+    """Bytes that a request's URL may hold."""
+    head_timeout: float = 15.0
+    """How long the head of a request may take, from connecting or from its first byte."""
+    body_timeout: float = 30.0
+    """How long the body of a request may take."""
     position_interval: float = 5.0
     """How often positions of watched jobs are compared with the log: pub/sub may lose."""
     max_connection_age: float = 1800.0
@@ -408,7 +435,8 @@ def _check(settings: Settings) -> None:
 _POSITIVE = (
     "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
     "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
-    "max_connection_age", "watch_limit", "max_head", "unacknowledged_timeout",
+    "max_connection_age", "watch_limit", "max_head", "max_headers", "max_url",
+    "head_timeout", "body_timeout", "max_json_items", "max_json_depth", "unacknowledged_timeout",
     "redis_max_connections", "partitions", "concurrency", "max_attempts",
     "page_events",
     "ws_subscriptions", "ws_max_message", "ws_message_rate", "ws_idle_timeout", "ws_pong_timeout",
@@ -423,6 +451,8 @@ _POSITIVE = (
 def _check_choices(settings: Settings) -> None:
     if settings.partitions > _MAX_PARTITIONS:
         raise ConfigError(f"setting 'partitions': at most {_MAX_PARTITIONS}")
+    if settings.max_json_depth > _MAX_JSON_DEPTH:
+        raise ConfigError(f"setting 'max_json_depth': at most {_MAX_JSON_DEPTH}")
     if settings.watch_limit > _MAX_WATCHED:
         raise ConfigError(f"setting 'watch_limit': at most {_MAX_WATCHED}")
     for name in ("port", "ops_port"):

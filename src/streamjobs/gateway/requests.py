@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Annotated, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from streamjobs.cursor import Cursor
 from streamjobs.errors import BadRequest, Invalid
@@ -35,7 +35,7 @@ _SEQ = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
 _PREFER_WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?=$|[,;])", re.IGNORECASE | re.ASCII)
 
 
-def owner_of(request: Request) -> str:
+def owner_of(request: HTTPConnection) -> str:
     """Who asks."""
     return request.headers.get(OWNER_HEADER) or ANONYMOUS
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import structlog
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
@@ -39,6 +40,7 @@ from streamjobs.gateway.events import manner_of
 from streamjobs.gateway.forms import members, merged_members
 from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.messages import Ping, Subscribe, Unsubscribe
+from streamjobs.gateway.requests import owner_of
 from streamjobs.gateway.ring import CHUNK_BYTES
 from streamjobs.gateway.stream import Stream
 from streamjobs.gateway.subscription import Subscription
@@ -74,9 +76,15 @@ class SocketRoutes:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Accept; whether this client may connect (credentials, a browser's `Origin`) is decided before."""
-        await send({"type": "websocket.accept"})
+        owner = owner_of(HTTPConnection(scope))
+        self._hub.open_streams.enter(owner)
+        try:
+            await send({"type": "websocket.accept"})
+        except BaseException:
+            self._hub.open_streams.leave(owner)
+            raise
         wire = socket_of(scope)
-        wire.listen(Socket(self._hub, self._archived, wire), self._hub.settings.ws_max_message)
+        wire.listen(Socket(self._hub, self._archived, wire, owner), self._hub.settings.ws_max_message)
 
 
 async def _refuse(_request: object) -> None:
@@ -88,17 +96,18 @@ class Socket(Stream):
     """One connection's subscriptions, and what is on its way to it."""
 
     __slots__ = (
-        "_allowance", "_answers", "_dirty", "_heard_at", "_idle_timer", "_is_closed", "_is_pumping", "_rest",
-        "_subscriptions", "_wire", "archived", "hub", "unpacking",
+        "_allowance", "_answers", "_dirty", "_heard_at", "_idle_timer", "_is_closed", "_is_pumping", "_owner",
+        "_rest", "_subscriptions", "_wire", "archived", "hub", "unpacking",
     )  # fmt: skip
 
-    def __init__(self, hub: Hub, archived: Archived, wire: WebSocket) -> None:
+    def __init__(self, hub: Hub, archived: Archived, wire: WebSocket, owner: str) -> None:
         settings = hub.settings
         super().__init__(settings, wire.abort)
         self.hub = hub
         self.archived = archived
         self.unpacking = asyncio.Lock()
         self._wire = wire
+        self._owner = owner
         self._subscriptions: dict[str, Subscription] = {}
         self._dirty: dict[Subscription, None] = {}
         self._answers: list[Parts] = []
@@ -121,6 +130,7 @@ class Socket(Stream):
         for subscription in tuple(self._subscriptions.values()):
             self._free(subscription, self.ended)
         self._dirty.clear()
+        self.hub.open_streams.leave(self._owner)
         metrics.WEBSOCKETS.dec()
 
     def _free(self, subscription: Subscription, why: str) -> None:
