@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import structlog
 import uvloop
@@ -28,6 +29,7 @@ from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.look import LookRoutes
 from streamjobs.gateway.notices import NoticeRoutes
+from streamjobs.gateway.openapi import OpenApi
 from streamjobs.gateway.operate import OperateRoutes
 from streamjobs.gateway.owner_stream import OwnerEvents
 from streamjobs.gateway.probes import Probes
@@ -69,7 +71,9 @@ class Gateway:
             *OperateRoutes(store, settings).routes(),
         ]
         self.ops: ASGIApp = routed(probes)
-        self.asgi: ASGIApp = routed([*api, *([] if settings.ops_port else probes)], sockets.sockets())
+        self.routes = [*api, *([] if settings.ops_port else probes)]
+        self.routes += OpenApi(self.routes, version("streamjobs")).routes()
+        self.asgi: ASGIApp = routed(self.routes, sockets.sockets())
 
     async def start(self) -> None:
         """Start the loops."""
