@@ -161,7 +161,7 @@ async def test_a_slow_body_is_not_waited_for(redis: RedisProcess):
 
 async def test_a_slow_head_is_not_waited_for_on_a_connection_that_was_used(redis: RedisProcess):
     """One request would be enough to hold the connection for ever, header by header."""
-    async with serving(redis.url, head_timeout=2.0) as served, connected(port_of(served)) as (reader, writer):
+    async with serving(redis.url, head_timeout=1.5) as served, connected(port_of(served)) as (reader, writer):
         writer.write(head("GET /livez"))
         assert (await read_answer(reader)).status == 200
         writer.write(b"GET /livez HTTP/1.1\r\n")
