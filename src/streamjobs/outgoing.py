@@ -50,6 +50,11 @@ _DEFAULT_PORTS = {"https": 443, "http": 80}
 _HOST = re.compile(
     r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*", re.ASCII
 )
+_AUTHORITY = re.compile(
+    r"https?://(\[[0-9a-f:.]+\]|[^\[\]@:/?#]+)(:[0-9]{1,5})?(?=[/?#]|\Z)",
+    re.IGNORECASE | re.ASCII,
+)
+"""What all parsers read alike: httpx takes `[::1]443` for host and port, `@host` for no user."""
 _NUMERIC_END = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)$", re.ASCII)
 
 _NOT_PUBLIC_4 = tuple(map(IPv4Network, (
@@ -100,6 +105,8 @@ class Policy(msgspec.Struct, frozen=True):
             raise RefusedTarget(f"url: must be {' or '.join(sorted(allowed_schemes))}")
         if parsed.userinfo:
             raise RefusedTarget("url: must have no user and password")
+        if not _AUTHORITY.match(url):
+            raise RefusedTarget("url: its host and port are not well-formed")
         host = _checked_host(parsed)
         port = _DEFAULT_PORTS[parsed.scheme] if parsed.port is None else parsed.port
         literal = _literal(host)

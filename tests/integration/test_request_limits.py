@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -239,6 +240,34 @@ async def test_requests_that_do_not_wait_for_answers_are_few(served: Served):
     async with connected(port_of(served)) as (reader, writer):
         writer.write(head("GET /livez") * 1000)
         assert await read_answer(reader) == BROKEN
+
+
+async def test_a_request_behind_a_stream_is_answered_after_it(served: Served):
+    """What the stream does with its connection would be done to the request that waits behind it."""
+    script = await served.script()
+    async with connected(port_of(served)) as (reader, writer):
+        writer.write(head(f"GET /v1/jobs/{script.id}/events?after=0") + posting(chat()))
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        assert b"job.queued" in await reader.readuntil(b"\n\n")
+        await script.complete()
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        assert (await read_answer(reader)).status == 202
+
+
+async def test_a_stream_with_a_request_behind_it_may_be_lost(
+    redis: RedisProcess, caplog: pytest.LogCaptureFixture
+):
+    """Each would be an error in the log, and a client can make as many as it likes."""
+    async with serving(redis.url, heartbeat_interval=0.1) as served:
+        script = await served.script()
+        async with connected(port_of(served)) as (reader, writer):
+            writer.write(head(f"GET /v1/jobs/{script.id}/events?after=0") + posting(chat()))
+            await reader.readuntil(b"job.queued")
+            transport: Any = writer.transport
+            transport.abort()
+        await wait_until(lambda: served.gateway.hub.viewers == len(served.gateway.hub.open_streams) == 0)
+        await script.complete()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 # --- what an owner may have

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import urllib.parse
 from collections.abc import Callable, Generator
@@ -23,7 +24,7 @@ import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from streamjobs import metrics
 from streamjobs.config import Settings
@@ -131,7 +132,7 @@ class Protocol(HttpToolsProtocol):
     max_url: int
     head_timeout: float
 
-    __slots__ = ("_hear_lost", "_in_head", "_refusal", "_timer", "_unused")
+    __slots__ = ("_hear_lost", "_in_head", "_refusal", "_streaming", "_timer", "_unused")
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock for the first request's head."""
@@ -140,6 +141,7 @@ class Protocol(HttpToolsProtocol):
         self.flow = _Flow(transport)
         self.pipeline = cast("Any", _Pipeline())
         self._hear_lost: Callable[[], None] | None = None
+        self._streaming: RequestResponseCycle | None = None
         self._timer = self.loop.call_later(self.head_timeout, self._give_up)
         self._in_head = False
         self._unused = 0
@@ -150,6 +152,8 @@ class Protocol(HttpToolsProtocol):
         self._timer.cancel()
         self._unset_keepalive_if_required()  # uvicorn forgets it where the connection was reset
         super().connection_lost(exc)
+        if self._streaming is not None:
+            self._streaming.disconnected = True
         if self._hear_lost is not None:
             self._hear_lost()
 
@@ -207,7 +211,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._unused = 0
         scope = cast("dict[str, Any]", self.scope)
-        hold = {"abort": self.transport.abort, "on_lost": self._on_lost, "wire": self}
+        hold = {"abort": self.transport.abort, "wire": self}
         scope["extensions"] = {CONNECTION: hold}
 
     def on_url(self, url: bytes) -> None:
@@ -230,6 +234,9 @@ class Protocol(HttpToolsProtocol):
         if len(self.pipeline) >= PIPELINED:
             raise BadRequest("too many requests that do not wait for answers")
         super().on_headers_complete()
+        if self.cycle and self.cycle.scope is self.scope:  # no WebSocket's
+            hold = cast("dict[str, Any]", self.scope)["extensions"][CONNECTION]
+            hold["on_lost"] = functools.partial(self._on_lost, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -301,11 +308,13 @@ class Protocol(HttpToolsProtocol):
         is_get = (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
         return is_get and super()._should_upgrade() and bool(key_of(self.headers))
 
-    def _on_lost(self, hear: Callable[[], None] | None) -> None:
+    def _on_lost(self, cycle: RequestResponseCycle, hear: Callable[[], None] | None) -> None:
+        """Tell the stream of this request, which may not be the newest: others may wait behind it."""
         self._hear_lost = hear
-        self.cycle.message_event = cast("Any", _UNHEARD)
+        self._streaming = None if hear is None else cycle
+        cycle.message_event = cast("Any", _UNHEARD)
         if hear is not None and self.transport.is_closing():
-            self.cycle.disconnected = True  # uvicorn is about to notice, and would log an error until then
+            cycle.disconnected = True  # uvicorn is about to notice, and would log an error until then
             hear()
 
     def _give_up(self) -> None:
