@@ -68,7 +68,8 @@ def worker_command(app: str, concurrency: int) -> list[str]:
 
 def settings_env(url: str, **settings: str) -> dict[str, str]:
     """Return the settings of every streamjobs process here, as environment variables."""
-    chosen = {"redis_url": url, "owner_limit": "0", "log_level": "warning"} | settings
+    unlimited = dict.fromkeys(("owner_limit", "owner_waiting", "owner_streams"), "0")
+    chosen = unlimited | {"redis_url": url, "log_level": "warning"} | settings
     return {f"STREAMJOBS_{name.upper()}": value for name, value in chosen.items()}
 
 

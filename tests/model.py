@@ -497,6 +497,8 @@ class Model:
             return ["mismatch", record.job]
         if record or row.id in self.jobs:
             return self.submitted("same", record.job if record else row.id)
+        if not row.parent and self.is_crowded(row.owner, row.queue):
+            return ["waiting", self.limits.owner_waiting]
         parent = self.jobs.get(row.parent)
         if row.parent and (refused := self.refused_child(parent, row.owner)):
             return refused
@@ -515,6 +517,10 @@ class Model:
     def submitted(self, verdict: str, job_id: str) -> list[Any]:
         job = self.jobs.get(job_id)
         return [verdict, job_id, job.log[0].id if job else "1-0"]
+
+    def is_crowded(self, owner: str, queue: str) -> bool:
+        waiting = self.tickets(queue, owner) + len(self.held_jobs(f"{queue}|{owner}"))
+        return 0 < self.limits.owner_waiting <= waiting
 
     def refused_child(self, parent: Job | None, owner: str) -> list[Any]:
         if parent is None:
@@ -958,6 +964,8 @@ class Model:
             return ["already", job.status]
         if job.seq >= self.limits.max_events:
             return ["limit", "events"]
+        if job.size >= self.limits.max_bytes:
+            return ["limit", "bytes"]
         self.say(job, "signal.received", **fields)
         seq = job.seq
         job.seen.add(key)
@@ -977,6 +985,8 @@ class Model:
             return ["already", job.status]
         if job.pause is not None:
             return ["requested"]
+        if max(job.seq, len(job.seen)) >= self.limits.max_events:
+            return ["limit", "events"]
         job.seen.add(key)
         if job.is_running:
             job.pause = fields

@@ -19,7 +19,7 @@ LAYERS = [
     {"cursor", "events", "faults", "cron", "bounded"},
     {"approvals", "segments", "retention", "targets"},
     {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing", "archive"},
-    {"logs", "identity"},
+    {"logs", "identity", "safe_client"},
     {"store", "llm"},
     {"inputs"},
     {"tool"},

@@ -30,6 +30,7 @@ _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _MAX_PARTITIONS = 9999
 _MAX_PORT = 65535
 _MAX_WATCHED = 64
+_MAX_JSON_DEPTH = 100
 _FOREVER = 10 * 365 * 86400.0
 _OTHER_VARIABLES = frozenset(
     {
@@ -84,6 +85,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Jobs of one owner that run at once; 0: no limit."""
     owner_rate: int = 0
     """Submissions of one owner a minute; those over it wait their turn (`held: owner_limit`). 0: no limit."""
+    owner_waiting: int = 100_000
+    """Jobs of one owner that may wait: queued, held or delayed; children are never refused. 0: no limit."""
     max_depth: int = 8
     """How deep children may have children."""
     max_children: int = 1000
@@ -218,6 +221,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The variables of the worker's environment that it sees. As text: with commas."""
     tool_process_start_timeout: float = 30.0
     """How long its start may take, where the modules of isolated tools must be imported first."""
+    # --- requests of tools
+    fetch_timeout: float = 20.0
+    """How long one request of a tool's `context.http` may take in all, redirects included."""
+    fetch_max_bytes: int = 4 * 1024 * 1024
+    """The largest answer to one; a larger one is an error."""
+    fetch_max_redirects: int = 5
+    """How often one may be sent on; each place is checked as the first one was."""
+    fetch_http: bool = False
+    """Whether they may be `http://`: for tests and networks of your own."""
+    fetch_allow: tuple[str, ...] = ()
+    """Hosts, and networks as 10.1.0.0/16, that they may reach though they are not public."""
 
     # --- providers
     provider: str = ""
@@ -262,6 +276,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The longest pause before a gateway process is replaced that ended soon; a first time there is none."""
     max_body: int = 1024 * 1024
     """The largest request body, in bytes."""
+    max_json_items: int = 100_000
+    """Values (elements and members) that the JSON of a request's body may have."""
+    max_json_depth: int = 100
+    """How deep it may nest, at most 100."""
+    max_input: int = 512 * 1024
+    """Bytes of a job's input, as JSON."""
+    max_metadata: int = 16 * 1024
+    """Bytes of a job's metadata, as JSON."""
+    max_prompt: int = 256 * 1024
+    """Bytes of a chat's prompt, or of all its messages."""
+    max_messages: int = 1000
+    """Messages of a chat's input."""
+    max_signal: int = 256 * 1024
+    """Bytes of a signal's payload, as JSON."""
+    owner_streams: int = 20_000
+    """Streams and WebSockets that one owner may hold open in one process; 0: no limit."""
     max_wait: float = 60.0
     """The most that `Prefer: wait` or `?wait=` may ask for."""
     flush_interval: float = 0.04
@@ -283,6 +313,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     (Linux). A link that died while a stream was silent shows this long after the next heartbeat."""
     max_head: int = 64 * 1024
     """Bytes that the head of a request may hold, about."""
+    max_headers: int = 100
+    """Headers that a request may have."""
+    max_url: int = 8 * 1024
+    """Bytes that a request's URL may hold."""
+    head_timeout: float = 15.0
+    """How long the head of a request may take, from connecting or from its first byte."""
+    body_timeout: float = 30.0
+    """How long the body of a request may take."""
     position_interval: float = 5.0
     """How often positions of watched jobs are compared with the log: pub/sub may lose."""
     max_connection_age: float = 1800.0
@@ -375,7 +413,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 FIELDS = Settings.__struct_fields__
 SECRETS = (
-    "redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url", "jwt_secrets", "token_keys",
+    "redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url",
+    "jwt_secrets", "token_keys",
 )  # fmt: skip
 """Settings that are secrets, or hold one. They may be references."""
 
@@ -476,7 +515,7 @@ def _refuse_links(variable: str, text: str) -> None:
 
 
 _LISTS = frozenset(
-    {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow"}
+    {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow", "fetch_allow"}
     | {"isolated_tools", "tool_process_env", "auth", "cors_origins", "jwt_secrets", "token_keys"}
 )
 
@@ -516,14 +555,15 @@ def _check(settings: Settings) -> None:
 _POSITIVE = (
     "lease", "sweep_interval", "take_block", "redis_timeout", "redis_connect_timeout", "worker_ttl",
     "retention", "flush_interval", "flush_max", "heartbeat_interval", "send_timeout", "position_interval",
-    "max_connection_age", "watch_limit", "max_head", "unacknowledged_timeout",
+    "max_connection_age", "watch_limit", "max_head", "max_headers", "max_url",
+    "head_timeout", "body_timeout", "max_json_items", "max_json_depth", "unacknowledged_timeout",
     "redis_max_connections", "partitions", "concurrency", "max_attempts",
     "page_events",
     "ws_subscriptions", "ws_max_message", "ws_message_rate", "ws_idle_timeout", "ws_pong_timeout",
     "max_body", "max_events", "max_bytes", "max_event_bytes", "feed_cap", "owner_feed_cap", "owner_feed_ttl",
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
-    "serve_workers", "serve_restart_cap",
+    "serve_workers", "serve_restart_cap", "fetch_timeout", "fetch_max_bytes",
     "projector_concurrency", "archive_timeout",
     "jwt_jwks_ttl", "token_ttl", "token_max_age",
     "tool_processes", "tool_process_memory", "tool_process_file", "tool_process_files", "tool_process_output",
@@ -531,18 +571,22 @@ _POSITIVE = (
 )  # fmt: skip
 
 
+def _check_origins(settings: Settings) -> None:
+    if "*" in settings.cors_origins and settings.auth_cookie:
+        raise ConfigError("setting 'cors_origins': not every origin (*) where auth_cookie is taken")
+
+
 def _check_choices(settings: Settings) -> None:
     if settings.partitions > _MAX_PARTITIONS:
         raise ConfigError(f"setting 'partitions': at most {_MAX_PARTITIONS}")
+    if settings.max_json_depth > _MAX_JSON_DEPTH:
+        raise ConfigError(f"setting 'max_json_depth': at most {_MAX_JSON_DEPTH}")
     if settings.watch_limit > _MAX_WATCHED:
         raise ConfigError(f"setting 'watch_limit': at most {_MAX_WATCHED}")
     for name in ("port", "ops_port"):
         if getattr(settings, name) > _MAX_PORT:
             raise ConfigError(f"setting {name!r}: at most {_MAX_PORT}")
-    if "*" in settings.cors_origins and settings.auth_cookie:
-        raise ConfigError(
-            "setting 'cors_origins': not every origin (*) where cookies are taken (auth_cookie)"
-        )
+    _check_origins(settings)
     if not settings.queues or not all(_QUEUE.fullmatch(queue) for queue in settings.queues):
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:

@@ -37,6 +37,12 @@ class Invalid(StreamjobsError):
     code, http_status = "invalid", 422
 
 
+class InputTooLarge(Invalid):
+    """A field holds more than it may. Send less."""
+
+    code = "input_too_large"
+
+
 class UnknownKind(Invalid):
     """No workflow of that name is registered."""
 
@@ -139,6 +145,12 @@ class RefusedTarget(Invalid):
     code = "refused_target"
 
 
+class ResponseTooLarge(StreamjobsError):
+    """What another server answered is over the cap. Ask it for less."""
+
+    code, http_status = "response_too_large", 502
+
+
 class UnreadableSchedule(StreamjobsError):
     """A schedule that another release wrote, and that this one cannot read. Leave it alone."""
 
@@ -221,6 +233,18 @@ class TooManySubscriptions(Invalid):
     code = "too_many_subscriptions"
 
 
+class TooManyStreams(StreamjobsError):
+    """The owner holds as many streams open as they may. Close one, or try again later."""
+
+    code, http_status, retryable = "too_many_streams", 429, True
+
+
+class TooManyWaiting(StreamjobsError):
+    """As many of the owner's jobs wait as may. Try again when some have started."""
+
+    code, http_status, retryable = "too_many_waiting", 429, True
+
+
 class TooManyMessages(StreamjobsError):
     """The connection sends faster than it may, and is closed."""
 
@@ -231,6 +255,30 @@ class TooLarge(StreamjobsError):
     """The body is over the limit."""
 
     code, http_status = "too_large", 413
+
+
+class TooManyItems(StreamjobsError):
+    """The body is JSON of more values than there may be."""
+
+    code, http_status = "too_many_items", 413
+
+
+class Compressed(StreamjobsError):
+    """The body is compressed. Send it as it is."""
+
+    code, http_status = "unsupported_encoding", 415
+
+
+class HeadTooLarge(StreamjobsError):
+    """The head of the request, or what frames its body, is over a limit."""
+
+    code, http_status = "head_too_large", 431
+
+
+class UrlTooLong(StreamjobsError):
+    """The request's URL is over the limit."""
+
+    code, http_status = "url_too_long", 414
 
 
 class TooSlow(StreamjobsError):

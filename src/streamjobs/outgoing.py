@@ -1,4 +1,4 @@
-"""Requests to addresses that strangers chose (webhooks), so that none reaches a network of ours.
+"""Requests to addresses that strangers chose (webhooks, tools), so that none reaches a network of ours.
 
 Rule 1: a name is resolved once; every address that it has must be public, and the connection goes to such
 an address, never to the name: what the name means a moment later does not matter. `Host`, SNI and the
@@ -6,6 +6,7 @@ certificate's check are those of the name.
 Rule 2: https only, on ports of the web; no credentials in the URL, no proxy of the environment, no
 redirects, one connection a request, so that none is shared by names of one address.
 Rule 3: the answer is read up to a cap, uncompressed, and all together takes a bounded time.
+Rule 4: what frames a message, or names its receiver, is ours: no caller's header replaces it.
 
 `allow` names hosts and networks that an operator lets through: their names, addresses and ports are free.
 
@@ -15,6 +16,7 @@ Rejected: a check of the URL before an ordinary request. The second resolution m
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import socket
 import ssl
@@ -33,6 +35,13 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 MAX_ANSWER = 4096
 """Bytes that are read of an answer's body."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_OURS = frozenset({
+    "host", "connection", "keep-alive", "content-length", "transfer-encoding", "te", "trailer", "upgrade",
+    "expect", "accept-encoding", "proxy-authorization", "proxy-connection",
+})  # fmt: skip
+_FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", re.ASCII)
+_FIELD_VALUE = re.compile(r"[\x20-\x7e\t]{0,4096}", re.ASCII)
 _MAX_URL = 2000
 _MAX_ADDRESSES = 4
 """Addresses of one name that are tried in turn."""
@@ -41,6 +50,11 @@ _DEFAULT_PORTS = {"https": 443, "http": 80}
 _HOST = re.compile(
     r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*", re.ASCII
 )
+_AUTHORITY = re.compile(
+    r"https?://(\[[0-9a-f:.]+\]|[^\[\]@:/?#]+)(:[0-9]{1,5})?(?=[/?#]|\Z)",
+    re.IGNORECASE | re.ASCII,
+)
+"""What all parsers read alike: httpx takes `[::1]443` for host and port, `@host` for no user."""
 _NUMERIC_END = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)$", re.ASCII)
 
 _NOT_PUBLIC_4 = tuple(map(IPv4Network, (
@@ -70,8 +84,8 @@ class Policy(msgspec.Struct, frozen=True):
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     @classmethod
-    def of(cls, allow: tuple[str, ...], *, http: bool) -> Policy:
-        """The policy that these settings mean. Raises `ConfigError`."""
+    def of(cls, allow: tuple[str, ...], *, http: bool, setting: str = "webhook_allow") -> Policy:
+        """The policy that settings mean; `setting` is where `allow` stands. Raises `ConfigError`."""
         hosts, networks = set[str](), list[IPv4Network | IPv6Network]()
         for one in allow:
             try:
@@ -79,7 +93,7 @@ class Policy(msgspec.Struct, frozen=True):
             except ValueError:
                 host = one.lower()
                 if "/" in one or _NUMERIC_END.search(host) or not _HOST.fullmatch(host):
-                    raise ConfigError(f"setting 'webhook_allow': {one!r} is no host and no network") from None
+                    raise ConfigError(f"setting {setting!r}: {one!r} is no host and no network") from None
                 hosts.add(host)
         return cls(http, frozenset(hosts), tuple(networks))
 
@@ -91,8 +105,10 @@ class Policy(msgspec.Struct, frozen=True):
             raise RefusedTarget(f"url: must be {' or '.join(sorted(allowed_schemes))}")
         if parsed.userinfo:
             raise RefusedTarget("url: must have no user and password")
+        if not _AUTHORITY.match(url):
+            raise RefusedTarget("url: its host and port are not well-formed")
         host = _checked_host(parsed)
-        port = parsed.port or _DEFAULT_PORTS[parsed.scheme]
+        port = _DEFAULT_PORTS[parsed.scheme] if parsed.port is None else parsed.port
         literal = _literal(host)
         if literal is not None:
             self.require_public([literal], host)
@@ -126,38 +142,61 @@ class Answer(NamedTuple):
     text: str
 
 
+class Received(NamedTuple):
+    """What came back, up to the cap; `is_whole`: there was no more."""
+
+    status: int
+    headers: httpx.Headers
+    content: bytes
+    is_whole: bool
+
+
 class Outgoing:
-    """Posts to strangers' addresses under a policy. `resolve` and `trust` are for tests."""
+    """Sends to strangers' addresses under a policy, one exchange a call.
+
+    `max_bytes` caps what is read of an answer's body. `resolve` and `trust` are for tests.
+    """
 
     def __init__(
         self,
         policy: Policy,
         timeout: float,
         *,
+        max_bytes: int = MAX_ANSWER,
         resolve: Resolver | None = None,
         trust: ssl.SSLContext | None = None,
     ) -> None:
         self._policy = policy
         self._timeout = timeout
+        self._max_bytes = max_bytes
         self._resolve = resolve or resolve_by_system
         self._trust = trust
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Send a body.
+        """Send a body; raises as `send`."""
+        received = await self.send("POST", url, headers, body)
+        return Answer(received.status, received.content.decode(errors="replace"))
+
+    async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> Received:
+        """Send a request.
 
         Raises `RefusedTarget` before anything is sent; `OSError` (as `TimeoutError`) or `httpx.HTTPError`
         where no answer came.
         """
+        if method not in METHODS:
+            raise RefusedTarget(f"method: one of {', '.join(sorted(METHODS))}")
         target = self._policy.target(url)
-        self._trust = self._trust or ssl.create_default_context()  # reads files: not within the time
+        fields = _checked_headers(headers) | {"host": target.url.netloc.decode("ascii")}
+        asked = httpx.Request(method, target.url, headers=fields, content=body or None)
+        self._trust = self._trust or _public_authorities()  # reads files: not within the time
         async with asyncio.timeout(self._timeout):
             addresses = await self._addresses(target)
             for address in addresses[:-1]:
                 try:
-                    return await self._post_to(address, target, headers, body)
+                    return await self._send_to(address, target, asked)
                 except (httpx.ConnectError, httpx.ConnectTimeout):
                     continue
-            return await self._post_to(addresses[-1], target, headers, body)
+            return await self._send_to(addresses[-1], target, asked)
 
     async def _addresses(self, target: Target) -> list[Address]:
         literal = _literal(target.host)
@@ -169,25 +208,24 @@ class Outgoing:
             raise RefusedTarget("url: its host has no address")
         return addresses[:_MAX_ADDRESSES]
 
-    async def _post_to(
-        self, address: Address, target: Target, headers: Mapping[str, str], body: bytes
-    ) -> Answer:
-        pinned = target.url.copy_with(host=str(address), fragment=None)
-        asked = httpx.Request(
-            "POST",
-            pinned,
-            headers={**headers, "host": target.url.netloc.decode("ascii"), "accept-encoding": "identity"},
-            content=body,
+    async def _send_to(self, address: Address, target: Target, asked: httpx.Request) -> Received:
+        pinned = httpx.Request(
+            asked.method,
+            target.url.copy_with(host=str(address), fragment=None),
+            headers=asked.headers,
+            content=asked.content or None,
             extensions={"sni_hostname": target.host, "timeout": httpx.Timeout(self._timeout).as_dict()},
         )
         async with httpx.AsyncHTTPTransport(
             verify=self._trust or True, trust_env=False, retries=0
         ) as transport:
-            response = await transport.handle_async_request(asked)
+            response = await transport.handle_async_request(pinned)
             try:
-                return Answer(response.status_code, await _beginning(response))
+                content = await _beginning(response, self._max_bytes + 1)
             finally:
                 await response.aclose()
+        is_whole = len(content) <= self._max_bytes
+        return Received(response.status_code, response.headers, content[: self._max_bytes], is_whole)
 
 
 def is_public(address: Address) -> bool:
@@ -203,13 +241,29 @@ async def resolve_by_system(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(row[4][0]) for row in found))
 
 
-async def _beginning(response: httpx.Response) -> str:
-    head = b""
+@functools.cache
+def _public_authorities() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+async def _beginning(response: httpx.Response, size: int) -> bytes:
+    head = bytearray()
     async for chunk in response.aiter_raw():
         head += chunk
-        if len(head) >= MAX_ANSWER:
+        if len(head) >= size:
             break
-    return head[:MAX_ANSWER].decode(errors="replace")
+    return bytes(head[:size])
+
+
+def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The caller's headers but for those that are ours, lower case. Raises `RefusedTarget`."""
+    checked = {"accept-encoding": "identity"}
+    for name, value in headers.items():
+        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+            raise RefusedTarget("headers: a name or a value that HTTP does not know, or a long one")
+        if name.lower() not in _OURS:
+            checked[name.lower()] = value
+    return checked
 
 
 def _parsed(url: str) -> httpx.URL:
@@ -233,8 +287,9 @@ def _checked_host(url: httpx.URL) -> str:
 
 
 def _literal(host: str) -> Address | None:
+    """The address that a host is; one with a zone (`fe80::1%eth0`) means another thing on each machine."""
     try:
-        return ip_address(host)
+        return None if "%" in host else ip_address(host)
     except ValueError:
         return None
 

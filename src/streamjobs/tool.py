@@ -22,6 +22,7 @@ from streamjobs.config import Settings
 from streamjobs.events import Json
 from streamjobs.inputs import bounded
 from streamjobs.llm.base import ToolSpec
+from streamjobs.safe_client import SafeClient
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -74,6 +75,11 @@ class ToolContext:
     settings: Settings = dataclasses.field(default_factory=Settings, repr=False)
     on_progress: Callable[[float | None, str], None] = dataclasses.field(default=_report_nothing, repr=False)
     cancelled: Callable[[], bool] = dataclasses.field(default=_never, repr=False)
+
+    @property
+    def http(self) -> SafeClient:
+        """HTTP for addresses that a model or a stranger chose; for async tools."""
+        return SafeClient(self.settings)
 
     @property
     def is_cancelled(self) -> bool:

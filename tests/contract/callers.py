@@ -19,10 +19,10 @@ START = 4_000_000_000_000
 """Far in the future: keys with an expiry stay until the duel takes them away."""
 
 LIMITS = Limits(
-    lease=LEASE, sweep=1_000, retention=300_000, idempotency=600_000, owner_limit=2, owner_rate=6, dead_cap=3,
-    max_depth=2, max_children=2, max_crashes=2, crash_base=5_000, crash_cap=8_000, max_events=40,
-    max_bytes=3_000, feed_cap=100_000, feed_bytes=150, owner_feed_cap=100_000, owner_feed_bytes=90,
-    owner_feed_ttl=600_000, inline_bytes=300, scan=3,
+    lease=LEASE, sweep=1_000, retention=300_000, idempotency=600_000, owner_limit=2, owner_rate=6,
+    owner_waiting=9, dead_cap=3, max_depth=2, max_children=2, max_crashes=2, crash_base=5_000,
+    crash_cap=8_000, max_events=40, max_bytes=3_000, feed_cap=100_000, feed_bytes=150,
+    owner_feed_cap=100_000, owner_feed_bytes=90, owner_feed_ttl=600_000, inline_bytes=300, scan=3,
 )  # fmt: skip
 """Small enough that random programs meet every one of them."""
 

@@ -55,6 +55,22 @@ STORIES: dict[str, list[Command]] = {
         ONE, Take(), *[Append((Row(events=("long",) * 7),))] * 5, Append((Row(outcome="failed"),)),
     ],
     "signals over the limit": [ONE, *[Ask("signal", 0, key) for key in range(42)]],
+    "pauses over the limit": [
+        ONE, Take(), *[Ask(what, 0, key) for key in range(22) for what in ("pause", "resume")],
+    ],
+    "a pause of a job whose log is full": [
+        ONE, Take(), *[Append((Row(events=("note",) * 9),))] * 4, Append((Row(events=("note",) * 2),)),
+        Ask("pause", 0), FINISH,
+    ],
+    "signals of more bytes than there may be": [
+        ONE, Take(), *[Append((Row(events=("long",) * 7),))] * 3,
+        *[Ask("signal", 0, key) for key in range(30)],
+    ],
+    "more jobs than may wait": [
+        Submit(tuple(Submission(slot=slot) for slot in range(12))), Submit((Submission(slot=12, owner=1),)),
+        Submit((Submission(slot=13, parent=0), Submission(slot=14, queue=1))), Again(), Take(), FINISH,
+        Submit((Submission(slot=15),)),
+    ],
     "a child wakes its parent": [
         ONE, Take(), Submit((Submission(slot=1, parent=0),)), WAIT, Take(), FINISH, Again(), Take(), FINISH,
         Again(), Submit((Submission(slot=2, parent=0), Submission(slot=3, parent=9))),

@@ -208,6 +208,21 @@ MUTATIONS: dict[str, Mutation] = {
     "a cancelled job is queued when its worker dies": Mutation(
         "wake", "if parked_by_wish(job, bystander(job)) then", "if false then"
     ),
+    "an owner's backlog has no end": Mutation(
+        "submit", "if tickets(queue, owner) + held >= OPT.owner_waiting then", "if false then"
+    ),
+    "a child is refused for its owner's backlog": Mutation(
+        "submit", "if parent == '' and is_crowded", "if is_crowded"
+    ),
+    "a job's log is filled from outside by pausing it": Mutation(
+        "pause", "if number(job, 'seq') >= OPT.max_events or", "if"
+    ),
+    "a job's keys fill the store": Mutation(
+        "pause", " or redis.call('SCARD', job.key .. ':seen') >= OPT.max_events", ""
+    ),
+    "a job's log is filled with large signals": Mutation(
+        "signal", "if number(job, 'bytes') >= OPT.max_bytes then", "if false then"
+    ),
     "a due timer stays due": Mutation("wake", "timers[key] = nil\n  end", "end"),
 }
 

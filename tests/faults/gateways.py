@@ -93,6 +93,7 @@ class GatewayProcess:
 async def gateway_process(redis_url: str, **changes: Any) -> AsyncIterator[GatewayProcess]:
     """A gateway that answers; it is gone, whatever happened to it, when the block ends."""
     values = {"lease": 600.0, "flush_interval": 0.02, "port": free_port(), "ops_port": free_port()}
+    values |= {"owner_streams": 0}
     gateway = GatewayProcess(fast_settings(redis_url, **(values | changes)))
     try:
         await gateway.ready()

@@ -177,11 +177,8 @@ def test_accepted_sockets_inherit_small_buffers_and_a_timeout():
                 assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
 
 
-async def test_a_client_that_sends_no_request_is_dropped(
-    redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("streamjobs.gateway.server.HEAD_TIMEOUT", 0.2)
-    async with serving(redis.url) as served:
+async def test_a_client_that_sends_no_request_is_dropped(redis: RedisProcess):
+    async with serving(redis.url, head_timeout=0.2) as served:
         host, port = served.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GET / HT")

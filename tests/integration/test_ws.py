@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from streamjobs.errors import StreamjobsError
 from streamjobs.events import JobProgress
-from streamjobs.gateway import server, websocket
+from streamjobs.gateway import websocket
 from streamjobs.gateway.ring import CHUNK_BYTES
 from tests.conftest import RedisProcess, unrestricted, wait_until
 from tests.integration.gateway import Script, Served, serving
@@ -487,10 +487,9 @@ async def test_a_peer_that_does_not_answer_pings_is_gone(redis: RedisProcess):
         await script.complete()
 
 
-async def test_a_peer_that_answers_pings_stays(redis: RedisProcess, monkeypatch: pytest.MonkeyPatch):
+async def test_a_peer_that_answers_pings_stays(redis: RedisProcess):
     """Longer than it may take to send a request's head."""
-    monkeypatch.setattr(server, "HEAD_TIMEOUT", 1.5)
-    async with serving(redis.url, heartbeat_interval=0.05, ws_pong_timeout=5.0) as served:
+    async with serving(redis.url, head_timeout=1.5, heartbeat_interval=0.05, ws_pong_timeout=5.0) as served:
         script = await served.script()
         async with talking(served) as talk:
             await talk.subscribe(script.id)

@@ -55,6 +55,8 @@ REFUSED = """
     https://metadata.example/  https://mixed.example/  https://mapped.example/  https://nat64.example/
     https://sixtofour.example/  https://linklocal.example/  https://unique.example/  https://zero.example/
     https://odd.example/  https://none.example/  https://127.0.0.1.nip.io/  https://cluster.local/
+    https://good.example:0/  https://[2606:4700::1%25eth0]/
+    https://@good.example/  https://[2606:4700::1]443/  https://good.example:+443/  https://good.example:/
     https://good.example:22/  https://good.example:6379/  https://good.example:25/  https://good.example:80/
     https://127%2e0%2e0%2e1/  https://%6cocalhost/  https://①②⑦.⓪.⓪.①/  https://good.example\\@127.0.0.1/
     https://good..example/  https://-good.example/  https://good.example:99999/  https://[good.example]/

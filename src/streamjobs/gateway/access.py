@@ -112,6 +112,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/strikes"): _ADMIN,
     ("PUT", "/v1/strikes/{scope}/{name}"): _ADMIN,
     ("DELETE", "/v1/strikes/{scope}/{name}"): _ADMIN,
+    ("GET", "/openapi.json"): _OPEN,
     ("GET", "/livez"): _OPEN,
     ("GET", "/readyz"): _OPEN,
     ("GET", "/metrics"): _ADMIN,

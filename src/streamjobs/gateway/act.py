@@ -20,10 +20,11 @@ from starlette.routing import Route
 from streamjobs.approvals import APPROVAL, canonical
 from streamjobs.config import Settings
 from streamjobs.errors import JobNotFound
-from streamjobs.events import Json
+from streamjobs.events import Json, encode_json
 from streamjobs.gateway.answers import accepted, answer, links
 from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.body import decode_body, fields_of, read_body
+from streamjobs.gateway.limits import require_size
 from streamjobs.gateway.requests import Label, Reason, idempotency_key, owner_of
 from streamjobs.gateway.snapshots import Snapshots
 from streamjobs.job import ApprovalView
@@ -81,8 +82,9 @@ class ActRoutes:
     async def signal(self, request: Request) -> Response:
         """Send a live job a value; `repeated` where its key had come before, and nothing was done."""
         job_id: str = request.path_params["id"]
-        asked = fields_of(decode_body(await self._body(request)), SignalRequest)
+        asked = fields_of(decode_body(await self._body(request), self._settings), SignalRequest)
         name, payload = asked.name, asked.payload
+        require_size("payload", len(encode_json(payload)), self._settings.max_signal)
         # without a request a signal `approval` is the workflow's own: its payload is not ours to judge
         if name != APPROVAL or await self._asks_a_person(job_id):
             name, payload = canonical(name, payload)
@@ -138,10 +140,10 @@ class ActRoutes:
 
     async def _reason(self, request: Request) -> str:
         body = await self._body(request)
-        return fields_of(decode_body(body), ReasonRequest).reason if body else ""
+        return fields_of(decode_body(body, self._settings), ReasonRequest).reason if body else ""
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, self._settings.max_body)
+        return await read_body(request.scope, request.receive, self._settings)
 
 
 def _key_of(act: str, request: Request) -> str:

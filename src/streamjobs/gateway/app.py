@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 
 import structlog
 import uvloop
@@ -29,6 +30,7 @@ from streamjobs.gateway.hub import Hub
 from streamjobs.gateway.jobs import JobRoutes, Registry
 from streamjobs.gateway.look import LookRoutes
 from streamjobs.gateway.notices import NoticeRoutes
+from streamjobs.gateway.openapi import OpenApi
 from streamjobs.gateway.operate import OperateRoutes
 from streamjobs.gateway.origin import with_cors
 from streamjobs.gateway.owner_stream import OwnerEvents
@@ -73,9 +75,14 @@ class Gateway:
             *CatalogRoutes(registry).routes(),
             *OperateRoutes(store, settings).routes(),
         ]
-        routes = access.guarded([*api, *([] if settings.ops_port else probes)])
-        guarded = routed(routes, map(access.guarded_socket, sockets.sockets()), is_logged=settings.access_log)
         self.ops: ASGIApp = routed(probes, is_logged=settings.access_log)
+        self.routes = [*api, *([] if settings.ops_port else probes)]
+        self.routes += OpenApi(self.routes, version("streamjobs")).routes()
+        guarded = routed(
+            access.guarded(self.routes),
+            map(access.guarded_socket, sockets.sockets()),
+            is_logged=settings.access_log,
+        )
         self.asgi: ASGIApp = with_cors(guarded, settings)
 
     async def start(self) -> None:

@@ -1,6 +1,7 @@
-"""Reading a request's body: bounded in bytes, time and depth, counted as it comes.
+"""Reading a request's body: bounded in bytes, time, depth and items, counted as it comes.
 
-Rule 1: a body over the limit is refused before it is held; what still comes is thrown away, a while.
+Rule 1: a body over the limit is refused before it is held; what still comes is thrown away, a while. One that
+is compressed is refused: what it would unpack to is not counted by what comes.
 Rule 2: JSON of strangers is decoded once, generically, and refused with 400 where it is not JSON that we
 can store; what does not fit our fields is refused with 422 and names the field.
 """
@@ -14,46 +15,57 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.types import Receive, Scope
 
-from streamjobs.errors import BadRequest, Invalid, TooLarge, TooSlow
+from streamjobs.config import Settings
+from streamjobs.errors import BadRequest, Compressed, Invalid, TooLarge, TooManyItems, TooSlow
 from streamjobs.events import UNENCODABLE, Json
-from streamjobs.inputs import MAX_DEPTH, bounded, is_too_deep
+from streamjobs.inputs import bounded, is_too_deep
 
-BODY_TIMEOUT = 30.0
 DISCARD_TIMEOUT = 2.0
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+"""Possessive: it never goes back, so that it takes time and memory in proportion."""
 
 Fields = TypeVar("Fields")
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes:
     """The whole body.
 
-    Raises `TooLarge` over `limit` bytes, `TooSlow`, `BadRequest` where the client went away.
+    Raises `TooLarge` over `max_body`, `TooSlow`, `Compressed`, `BadRequest` where the client went away.
     """
+    if not _is_plain(scope):
+        raise Compressed("Content-Encoding: send the body as it is")
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            return await _read(scope, receive, limit)
+        async with asyncio.timeout(settings.body_timeout):
+            body, more = await _read(scope, receive, settings.max_body)
     except TimeoutError:
-        raise TooSlow(f"the body took longer than {BODY_TIMEOUT:.0f} s") from None
+        raise TooSlow(f"the body took longer than {settings.body_timeout:.0f} s") from None
+    if body is not None:
+        return body
+    if more:
+        await _discard(receive)
+    raise TooLarge(f"the body is over {settings.max_body} bytes")
 
 
-async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
-    body = bytearray()
+def _is_plain(scope: Scope) -> bool:
+    codings = (value for name, value in scope["headers"] if name == b"content-encoding")
+    return all(coding.strip().lower() in {b"", b"identity"} for coding in codings)
+
+
+async def _read(scope: Scope, receive: Receive, limit: int) -> tuple[bytes | None, bool]:
+    """The body, None where it is over the limit, and whether there is more of it."""
+    body, more = bytearray(), True
     is_over = _declared_length(scope) > limit
-    while not is_over:
+    while more and not is_over:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise BadRequest("the body is incomplete")
         body += message.get("body", b"")
-        if not message.get("more_body", False):
-            break
+        more = message.get("more_body", False)
         is_over = len(body) > limit
-    if is_over or len(body) > limit:
-        await _discard(receive)
-        raise TooLarge(f"the body is over {limit} bytes")
-    return bytes(body)
+    return (None if is_over else bytes(body)), more
 
 
 async def _discard(receive: Receive) -> None:
@@ -75,21 +87,37 @@ def _declared_length(scope: Scope) -> int:
     return 0
 
 
-def decode_body(body: bytes) -> Json:
+def decode_body(body: bytes, settings: Settings) -> Json:
     """Decode JSON of strangers.
 
-    Raises `BadRequest` for what is no JSON, or JSON that cannot be stored: too deep, lone surrogates,
-    numbers out of range.
+    Raises `TooManyItems`; `BadRequest` for what is no JSON, or JSON that cannot be stored: too deep, lone
+    surrogates, numbers out of range.
     """
+    if items_at_most(body, settings.max_json_items) > settings.max_json_items:
+        raise TooManyItems(f"the body has more than {settings.max_json_items} values")
+    too_deep = f"the body nests deeper than {settings.max_json_depth} levels"
     try:
         value: Json = msgspec.json.decode(body)
     except RecursionError:
-        raise BadRequest(f"the body nests deeper than {MAX_DEPTH} levels") from None
+        raise BadRequest(too_deep) from None
     except UNENCODABLE as error:
         raise BadRequest(bounded(f"the body is not JSON: {error}")) from None
-    if is_too_deep(value):
-        raise BadRequest(f"the body nests deeper than {MAX_DEPTH} levels")
+    if is_too_deep(value, settings.max_json_depth):
+        raise BadRequest(too_deep)
     return value
+
+
+def items_at_most(body: bytes, enough: int) -> int:
+    """How many members and elements JSON may have, before it is decoded: each would take 50 to 100 bytes.
+
+    What is in strings is counted too, unless that alone would be more than `enough`.
+    """
+    count = _opened(body)
+    return count if count <= enough else _opened(_STRING.sub(b"", body))
+
+
+def _opened(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def fields_of(value: Any, kind: type[Fields], *, strict: bool = True) -> Fields:

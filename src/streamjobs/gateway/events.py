@@ -14,8 +14,9 @@ The cursor comes as `Last-Event-ID`, which wins since a browser's URL is stale o
     the terminal event's    204: there is nothing more, a browser stops
 
 Rule 1: a stream is over for its client once it has seen a terminal event, or a snapshot whose status is one.
-Rule 2: never 503 or 429 on the stream: browsers give up for good. When Redis is away the stream opens,
-heartbeats, and goes on when it is back; that a job does not exist is then said in an `error` frame.
+Rule 2: never 503 on the stream, and 429 only over `owner_streams`: browsers give up for good. When Redis is
+away the stream opens, heartbeats, and goes on when it is back; that a job does not exist is then said in an
+`error` frame.
 Rule 3: a stream that begins with the view of a long job is zstd where the client accepts that; see `coding`.
 """
 
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from starlette.datastructures import Headers, QueryParams
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -45,6 +47,7 @@ from streamjobs.gateway.coding import HEADERS, PLAIN, Coding, Zstd
 from streamjobs.gateway.edge import abort_of
 from streamjobs.gateway.forms import Form, merged, plain
 from streamjobs.gateway.hub import Hub
+from streamjobs.gateway.requests import owner_of
 from streamjobs.gateway.sending import run
 from streamjobs.gateway.unproven import UnprovenViewer
 from streamjobs.gateway.viewer import Manner, Viewer
@@ -82,11 +85,19 @@ class Events:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in the form that `Accept` asks for."""
+        owner = owner_of(Request(scope))
         try:
             asked = _asked(scope, self._hub.settings)
+            self._hub.open_streams.enter(owner)
         except StreamjobsError:
             metrics.STREAMS_OPENED.labels("refused").inc()
             raise
+        try:
+            await self._answer(asked, scope, receive, send)
+        finally:
+            self._hub.open_streams.leave(owner)
+
+    async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         if PROOF in scope and asked.form != FORMS[0]:
             raise StoreUnavailable("Redis cannot be reached now")
         if asked.form == "application/x-ndjson":

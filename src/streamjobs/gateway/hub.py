@@ -22,6 +22,7 @@ from streamjobs.cursor import Cursor
 from streamjobs.errors import StreamjobsError
 from streamjobs.gateway.channel import Channel
 from streamjobs.gateway.health import LOOK_INTERVAL, Health
+from streamjobs.gateway.limits import OpenStreams
 from streamjobs.gateway.owner_feed import OwnerFeed
 from streamjobs.gateway.snapshots import Snapshots
 from streamjobs.gateway.stream import Stream
@@ -46,6 +47,7 @@ class Hub:
         self.settings = settings
         self.snapshots = Snapshots(store)
         self.health = Health(store)
+        self.open_streams = OpenStreams(settings.owner_streams)
         self.reading = asyncio.Semaphore(_READS)
         """For who reads a page of a log: the events of a page take several times the memory of its frames."""
         self._channels: dict[str, Channel] = {}

@@ -19,12 +19,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from streamjobs.app import CHAT
 from streamjobs.config import Settings
 from streamjobs.errors import Invalid
 from streamjobs.events import Json, encode_json
 from streamjobs.gateway.answers import accepted, viewed
 from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.hub import Hub
+from streamjobs.gateway.limits import require_short_chat, require_sizes
 from streamjobs.gateway.requests import Label, Seconds, idempotency_key, owner_of, preferred_wait
 from streamjobs.store import Store, Submission
 from streamjobs.tool import Tool
@@ -94,8 +96,10 @@ class JobRoutes:
     async def submit(self, request: Request) -> Response:
         """Take a job: 202, or with `Prefer: wait=N` 200 and the view if it ends in time."""
         key = idempotency_key(request)
-        body = await read_body(request.scope, request.receive, self._settings.max_body)
-        submission = self._submission(fields_of(decode_body(body), JobRequest), owner_of(request), key, body)
+        body = await read_body(request.scope, request.receive, self._settings)
+        asked = fields_of(decode_body(body, self._settings), JobRequest)
+        submission = self._submission(asked, owner_of(request), key, body)
+        del asked  # decoded, it takes many times what its text does
         receipt = await self._store.jobs.submit(submission)
         headers = {"Location": f"/v1/jobs/{receipt.job_id}"}
         if key and receipt.repeated:
@@ -117,7 +121,10 @@ class JobRoutes:
             raise Invalid("run_at: not together with delay")
         raw_input = without_nul("input", asked.input)
         without_nul("metadata", asked.metadata)
+        require_sizes(self._settings, raw_input, asked.metadata)
         self._registry.check_submission(asked.kind, raw_input)
+        if asked.kind == CHAT:
+            require_short_chat(self._settings, asked.input)
         workflow = self._registry.workflows.get(asked.kind)
         return Submission(
             kind=asked.kind,

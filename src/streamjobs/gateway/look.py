@@ -111,6 +111,7 @@ class LookRoutes:
         job_id: str = request.path_params["id"]
         query = request.query_params
         at = seq_of("at", query["at"]) if "at" in query else None
+        _wait_of(request)  # refused also where it is not waited
         try:
             record = await self._store.jobs.get(job_id)
         except JobNotFound:
@@ -192,15 +193,21 @@ class LookRoutes:
 
     async def _waited(self, request: Request, record: JobRecord) -> JobRecord:
         """The job's head after `?wait=N` for its end, or with `&after=` until that is not the last event."""
-        query = request.query_params
-        if "wait" not in query:
+        seconds, after = _wait_of(request)
+        if seconds is None:
             return record
-        after = parse_cursor(query["after"]) if query.get("after") else None
-        seconds = min(seconds_of("wait", query["wait"]), self._settings.max_wait)
+        seconds = min(seconds, self._settings.max_wait)
         if record.is_ended or (after is not None and after != record.last):
             return record
         await self._hub.wait_for(record.job_id, seconds, after)
         return await self._store.jobs.get(record.job_id)
+
+
+def _wait_of(request: Request) -> tuple[float | None, Cursor | None]:
+    """What `?wait=` and `&after=` say. Raises `Invalid`, `InvalidCursor`."""
+    query = request.query_params
+    seconds = seconds_of("wait", query["wait"]) if "wait" in query else None
+    return seconds, parse_cursor(query["after"]) if query.get("after") else None
 
 
 def _line(cursor: Cursor, line: JobLog) -> dict[str, Any]:

@@ -100,7 +100,10 @@ class NoticeRoutes:
 
     async def read(self, request: Request) -> Response:
         """Mark notices as read; `marked` is how many were not before."""
-        owner, asked = owner_of(request), fields_of(decode_body(await self._body(request)), ReadRequest)
+        owner, asked = (
+            owner_of(request),
+            fields_of(decode_body(await self._body(request), self._settings), ReadRequest),
+        )
         if not asked.ids and not asked.until:
             raise Invalid("ids: some, or until")
         marked = await self._store.notices.mark_read(owner, ids=asked.ids, until=asked.until)
@@ -110,7 +113,7 @@ class NoticeRoutes:
 
     async def create(self, request: Request) -> Response:
         """Make a webhook: 201, what it is, and its secret."""
-        asked = fields_of(decode_body(await self._body(request)), WebhookRequest)
+        asked = fields_of(decode_body(await self._body(request), self._settings), WebhookRequest)
         events = sorted(NOTICED) if asked.events is None else asked.events
         check_choice(events)
         self._check_url(asked.url)
@@ -173,7 +176,7 @@ class NoticeRoutes:
         """Send some of that again, under the same ids."""
         record, asked = (
             await self._own(request),
-            fields_of(decode_body(await self._body(request)), AgainRequest),
+            fields_of(decode_body(await self._body(request), self._settings), AgainRequest),
         )
         count = await self._store.deliveries.rerun(owner_of(request), record.id, asked.ids)
         return answer({"count": count})
@@ -182,7 +185,7 @@ class NoticeRoutes:
         return await self._store.webhooks.get(owner_of(request), request.path_params["id"])
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, self._settings.max_body)
+        return await read_body(request.scope, request.receive, self._settings)
 
 
 def _shown(record: WebhookRecord) -> dict[str, Any]:

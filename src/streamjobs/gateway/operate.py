@@ -153,7 +153,7 @@ class OperateRoutes:
 
     async def rerun_dead(self, request: Request) -> Response:
         """Submit failed jobs again, each as a new job that is linked to it."""
-        asked = fields_of(decode_body(await self._body(request)), DeadRequest)
+        asked = fields_of(decode_body(await self._body(request), self._settings), DeadRequest)
         key = idempotency_key(request) or secrets.token_hex(16)
         pairs = await self._store.jobs.rerun_many(
             asked.where(), key=key, by=owner_of(request), limit=asked.limit
@@ -182,7 +182,7 @@ class OperateRoutes:
         """Stop a queue, a kind or a tool for the whole fleet."""
         what = fields_of(request.path_params, StrikeName)
         body = await self._body(request)
-        asked = fields_of(decode_body(body), StrikeRequest) if body else StrikeRequest()
+        asked = fields_of(decode_body(body, self._settings), StrikeRequest) if body else StrikeRequest()
         is_new = await self._store.strikes.strike(
             what.scope, what.name, by=owner_of(request), reason=asked.reason
         )
@@ -195,4 +195,4 @@ class OperateRoutes:
         return answer({"scope": what.scope, "name": what.name, "struck": False, "changed": was_struck})
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, self._settings.max_body)
+        return await read_body(request.scope, request.receive, self._settings)

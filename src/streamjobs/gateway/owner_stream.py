@@ -8,7 +8,7 @@ nothing and repeats nothing. What the feed says of a watched job is passed over,
 Rule 2: a position that the feed does not hold any more is `reset`: load your lists again. A watched job's
 cursor that is not in its log is `reset` for that job, with a snapshot behind it.
 Rule 3: a job that is not there, or not the owner's, is an `error` frame; the stream goes on.
-Rule 4: as for one job: never 503 or 429, and while Redis is away the stream stands.
+Rule 4: as for one job: never 503, 429 only over `owner_streams`, and while Redis is away the stream stands.
 """
 
 from __future__ import annotations
@@ -67,9 +67,16 @@ class OwnerEvents:
         """Stream until the client goes."""
         try:
             asked = self._asked(Request(scope))
+            self._hub.open_streams.enter(asked.owner)
         except StreamjobsError:
             metrics.STREAMS_OPENED.labels("refused").inc()
             raise
+        try:
+            await self._stream(asked, scope, receive, send)
+        finally:
+            self._hub.open_streams.leave(asked.owner)
+
+    async def _stream(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})

@@ -29,7 +29,8 @@ _DETAILS = {
     405: "This path has other methods.",
     426: "This path is for WebSockets, version 13.",
 }
-_RETRY_AFTER = "1"
+_RETRY_AFTER = {HTTPStatus.SERVICE_UNAVAILABLE: "1", HTTPStatus.TOO_MANY_REQUESTS: "10"}
+"""Seconds: what is away is back soon; what there is too much of takes a while to become less."""
 
 Headers = Mapping[str, str]
 
@@ -73,8 +74,8 @@ def unrouted(status: int, headers: Headers | None = None) -> Problem:
 
 
 def _headers(error: StreamjobsError) -> Headers | None:
-    if error.retryable and error.http_status == HTTPStatus.SERVICE_UNAVAILABLE:
-        return {"Retry-After": _RETRY_AFTER}
+    if error.retryable and error.http_status in _RETRY_AFTER:
+        return {"Retry-After": _RETRY_AFTER[HTTPStatus(error.http_status)]}
     if error.http_status == HTTPStatus.UNAUTHORIZED:
         return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if error.http_status in {408, 413} else None

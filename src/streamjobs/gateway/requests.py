@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Annotated, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from streamjobs.cursor import Cursor
@@ -42,7 +42,7 @@ def principal_of(scope: Scope) -> Principal:
     return principal
 
 
-def owner_of(request: Request) -> str:
+def owner_of(request: HTTPConnection) -> str:
     """Whose things a request is about."""
     return principal_of(request.scope).owner
 

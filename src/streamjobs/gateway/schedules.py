@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from streamjobs.app import CHAT
 from streamjobs.config import Settings
 from streamjobs.cron import Timing
 from streamjobs.errors import ScheduleNotFound
@@ -21,6 +22,7 @@ from streamjobs.events import Json
 from streamjobs.gateway.answers import accepted, answer
 from streamjobs.gateway.body import decode_body, fields_of, read_body
 from streamjobs.gateway.jobs import MAX_METADATA, Registry, without_nul
+from streamjobs.gateway.limits import require_short_chat, require_sizes
 from streamjobs.gateway.requests import Label, Seconds, idempotency_key, owner_of
 from streamjobs.schedule import Missed, Overlap, Priority, Schedule
 from streamjobs.store import ScheduleRecord, Store
@@ -73,8 +75,10 @@ class ScheduleRoutes:
     async def create(self, request: Request) -> Response:
         """Make a schedule: 201 and what it is."""
         key = idempotency_key(request)
-        body = await read_body(request.scope, request.receive, self._settings.max_body)
-        schedule = self._schedule(fields_of(decode_body(body), ScheduleRequest), owner_of(request))
+        body = await read_body(request.scope, request.receive, self._settings)
+        schedule = self._schedule(
+            fields_of(decode_body(body, self._settings), ScheduleRequest), owner_of(request)
+        )
         record, was_there = await self._store.schedules.create(schedule, key=key)
         headers = {"Location": f"/v1/schedules/{record.id}"}
         if was_there:
@@ -85,7 +89,10 @@ class ScheduleRoutes:
         raw_input = without_nul("input", asked.input)
         without_nul("metadata", asked.metadata)
         timing = Timing(cron=asked.cron, timezone=asked.timezone, every=asked.every, offset=asked.offset)
+        require_sizes(self._settings, raw_input, asked.metadata)
         self._registry.check_submission(asked.kind, raw_input)
+        if asked.kind == CHAT:
+            require_short_chat(self._settings, asked.input)
         workflow = self._registry.workflows.get(asked.kind)
         return Schedule(
             name=asked.name,

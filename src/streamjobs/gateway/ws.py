@@ -80,7 +80,13 @@ class SocketRoutes:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Accept; whether this client may connect (credentials, a browser's `Origin`) is decided before."""
-        await send({"type": "websocket.accept"})
+        owner = principal_of(scope).owner
+        self._hub.open_streams.enter(owner)
+        try:
+            await send({"type": "websocket.accept"})
+        except BaseException:
+            self._hub.open_streams.leave(owner)
+            raise
         wire = socket_of(scope)
         socket = Socket(self._hub, self._archived, wire, self._access, principal_of(scope), scope.get(TOKEN))
         wire.listen(socket, self._hub.settings.ws_max_message)
@@ -142,6 +148,7 @@ class Socket(Stream):
         for subscription in tuple(self._subscriptions.values()):
             self._free(subscription, self.ended)
         self._dirty.clear()
+        self.hub.open_streams.leave(self._principal.owner)
         metrics.WEBSOCKETS.dec()
 
     def _free(self, subscription: Subscription, why: str) -> None:

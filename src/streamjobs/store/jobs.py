@@ -31,6 +31,7 @@ from streamjobs.errors import (
     TickTaken,
     TooDeep,
     TooManyChildren,
+    TooManyWaiting,
     UnknownQueue,
 )
 from streamjobs.events import UNENCODABLE, JobQueued, Json, decode_event, encode_event, encode_json
@@ -131,7 +132,8 @@ class Jobs:
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
 
-        Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `StoreFull`, `StoreUnavailable`; of a child
+        Raises `Invalid`, `UnknownQueue`, `IdempotencyMismatch`, `TooManyWaiting`, `StoreFull`,
+        `StoreUnavailable`; of a child
         also `JobNotFound` (its owner has no such parent), `JobEnded`, `TooDeep`, `TooManyChildren`;
         with a `tick` also `ScheduleNotFound`, `TickTaken`, `Overlapping`.
         """
@@ -240,7 +242,7 @@ class Jobs:
     async def pause(self, job_id: str, *, by: str = "", reason: str = "", key: str = "") -> str:
         """Park a job until it is resumed; a running one at its next recorded point.
 
-        Returns `paused` or `requested`. Raises `JobNotFound`, `JobEnded`.
+        Returns `paused` or `requested`. Raises `JobNotFound`, `JobEnded`, `LimitExceeded`.
         """
         return await self._toggle(Scripts.PAUSE, job_id, by, reason, key)
 
@@ -303,6 +305,8 @@ class Jobs:
 
     async def _toggle(self, script: Any, job_id: str, by: str, reason: str, key: str) -> str:
         answer = await self._act(script, job_id, key or secrets.token_hex(8), _fields(by=by, reason=reason))
+        if answer[0] == "limit":
+            raise LimitExceeded("the job's log is full")
         if answer[0] != "already":
             return answer[0]
         if answer[1] in {"completed", "failed", "cancelled"}:
@@ -391,6 +395,8 @@ def _receipt(answer: list[Any]) -> Receipt:
         return Receipt(rest[0], stored_cursor(rest[1]), verdict == "same")
     if verdict == "mismatch":
         raise IdempotencyMismatch("this Idempotency-Key was used with another body")
+    if verdict == "waiting":
+        raise TooManyWaiting(f"{rest[0]} jobs of this owner wait already")
     if verdict == "depth":
         raise TooDeep(f"children may be {rest[0]} deep")
     if verdict == "children":

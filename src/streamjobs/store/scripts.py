@@ -33,6 +33,7 @@ class Limits(msgspec.Struct, frozen=True):
     idempotency: int
     owner_limit: int
     owner_rate: int
+    owner_waiting: int
     dead_cap: int
     max_depth: int
     max_children: int
@@ -60,6 +61,7 @@ class Limits(msgspec.Struct, frozen=True):
             idempotency=ms(settings.idempotency_ttl),
             owner_limit=settings.owner_limit,
             owner_rate=settings.owner_rate,
+            owner_waiting=settings.owner_waiting,
             dead_cap=settings.dead_cap,
             max_depth=settings.max_depth,
             max_children=settings.max_children,

@@ -30,6 +30,7 @@ from streamjobs.faults import fault
 from streamjobs.inputs import ChatInput, ChatMessage
 from streamjobs.llm import Providers
 from streamjobs.retry import Retry
+from streamjobs.safe_client import SafeClient
 from streamjobs.store import Clock, Lease, Store
 from streamjobs.tool import Effect, Tool
 from streamjobs.worker.children import Child, spawn
@@ -121,6 +122,11 @@ class Context:
     def metadata(self) -> dict[str, Json]:
         """What the submitter attached."""
         return self.history.submission.metadata
+
+    @property
+    def http(self) -> SafeClient:
+        """HTTP for addresses that a stranger chose. Use it in steps: a second run finds something else."""
+        return SafeClient(self.settings)
 
     @property
     def is_cancelled(self) -> bool:
@@ -279,7 +285,8 @@ class Context:
 
     def log(self, message: str, *, level: str = "info", data: Json = None) -> None:
         """Record a line for people."""
-        event = ev.JobLog(ts=self.clock.now_ms(), level=level, message=clean_text(message), data=data)
+        kept = _as_json(ev.JobLog.type, data)
+        event = ev.JobLog(ts=self.clock.now_ms(), level=level, message=clean_text(message), data=kept)
         self._say(event)
 
     def heartbeat(self) -> None:
@@ -323,7 +330,7 @@ class Context:
         """
         if not _EVENT_NAME.fullmatch(name):
             raise Invalid(f"event name {name!r}: 1 to 60 of a-z, 0-9 and _.-")
-        self._say(OwnEvent(ts=self.clock.now_ms(), name=name, data=data))
+        self._say(OwnEvent(ts=self.clock.now_ms(), name=name, data=_as_json(f"x.{name}", data)))
 
     async def chat(
         self,
@@ -485,6 +492,14 @@ class OwnEvent(Event, frozen=True, kw_only=True):
     def type(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`x.<name>`."""
         return f"x.{self.name}"
+
+
+def _as_json(what: str, data: Json) -> Json:
+    """What is said, encoded; without what JSON, or those behind it, cannot carry. Raises `Invalid`."""
+    try:
+        return None if data is None else msgspec.Raw(encode_clean(data))
+    except UNENCODABLE as error:
+        raise Invalid(f"{what} cannot be stored as JSON: {error}") from error
 
 
 def _as_text(data: Json) -> str:

@@ -26,6 +26,7 @@ from streamjobs import metrics
 from streamjobs.app import App
 from streamjobs.errors import StreamjobsError
 from streamjobs.llm import Providers
+from streamjobs.safe_client import SafeClient
 from streamjobs.store import Clock, Lease, Renewal, Store, Taken, WorkerInfo, jitter
 from streamjobs.store.keys import partition_of_job
 from streamjobs.store.sweeper import Sweeper
@@ -76,6 +77,7 @@ class Worker:
         self._store = store
         self._settings = store.settings
         self._queues = tuple(queues) or self._settings.queues
+        SafeClient(self._settings)  # raises now what would fail in every tool
         self._queue_limits = {name: limit for name, limit in queue_limits.items() if name in self._queues}
         self._running_of: Counter[str] = Counter()
         self._struck: frozenset[str] = frozenset()

@@ -1,6 +1,6 @@
 -- pause: parks a job until it is resumed; a running one at its next recorded point.
 -- ARGV 2 job, 3 dedupe key, 4 "by" and "reason" as JSON fields
--- answer: {"paused"} | {"requested"} | {"dup"} | {"already", status} | {"gone"}
+-- answer: {"paused"} | {"requested"} | {"dup"} | {"already", status} | {"limit", "events"} | {"gone"}
 
 local function pause(id, key)
   local job = fetch(id)
@@ -8,6 +8,10 @@ local function pause(id, key)
   if redis.call('SISMEMBER', job.key .. ':seen', key) == 1 then return { 'dup' } end
   if ENDED[job.h.status] or job.h.status == 'paused' then return { 'already', job.h.status } end
   if job.h.pause then return { 'requested' } end
+  -- each that is taken back leaves events, or at least its key; resume needs no budget: it comes after a pause
+  if number(job, 'seq') >= OPT.max_events or redis.call('SCARD', job.key .. ':seen') >= OPT.max_events then
+    return { 'limit', 'events' }
+  end
   put(job, 'asked', '1')
   if job.h.lease then
     put(job, 'pause', ARGV[4])

@@ -10,6 +10,7 @@
 -- row: {"ok", id, cursor} | {"same", id, cursor} (this submission came before) | {"mismatch", id}
 --      (its key came with another body) | {"parent", status} (the parent takes no more children, is gone, or is
 --      "foreign": its owner is another) | {"depth"|"children", the most there may be} | {"error", why}
+--      | {"waiting", the most there may be} (one owner's; a child is not refused)
 --      | {"tick", "gone"} | {"tick", "moved"} (somebody had it, or it is paused) | {"tick", "overlap"} (skipped: the
 --      job before is live)
 
@@ -41,6 +42,16 @@ local function orphaned(family, owner)
   if h.family and redis.call('SCARD', family.key .. ':children') >= OPT.max_children then
     return { 'children', OPT.max_children }
   end
+end
+
+-- Whether as many jobs of the owner wait as may: in this queue as of now; in all, delayed ones too, as the projection
+-- `index` last knew. A child is its parent's business: refusing it would fail work that is under way.
+local function is_crowded(owner, queue)
+  if OPT.owner_waiting == 0 then return false end
+  local held = redis.call('ZCARD', PREFIX .. 'held:' .. queue .. '|' .. owner)
+  if tickets(queue, owner) + held >= OPT.owner_waiting then return true end
+  local known = redis.call('HMGET', PREFIX .. 'indexed_counts:' .. owner, 'q', 's')
+  return tonumber(known[1] or 0) + tonumber(known[2] or 0) >= OPT.owner_waiting
 end
 
 -- Whether it waits its turn from the start
@@ -102,6 +113,7 @@ local function submit(at)
   local ckey, idem, body, parent, event, tick = unpack(ARGV, at + 8, at + 13)
   local answer = repeated(id, idem, body)
   if answer then return answer end
+  if parent == '' and is_crowded(owner, queue) then return { 'waiting', OPT.owner_waiting } end
   local family
   if parent ~= '' then
     family = fetch(parent)
