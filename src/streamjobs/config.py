@@ -139,6 +139,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     archive_timeout: float = 30.0
     """How long one step of reading or writing a file may take there."""
 
+    # --- encryption
+    encryption_keys: tuple[str, ...] = ()
+    """Master keys, each `name:base64` of 32 bytes: the first wraps the data keys of new jobs, all unwrap.
+    With one, what jobs are given and make is encrypted. As text: separated by commas."""
+    encryption_keys_file: str = ""
+    """A file with more of them, one a line, behind those of `encryption_keys`."""
+    encryption_new_jobs: bool = True
+    """Whether jobs get data keys that have none; false while keys are rolled out, or to stop encrypting."""
+    encryption_cache: int = 10_000
+    """Data keys that a process keeps unwrapped."""
+    encryption_cache_ttl: float = 60.0
+    """After this long a process that writes asks again for a job's data key."""
+
     # --- worker
     concurrency: int = 400
     """Jobs that one worker process runs at once."""
@@ -358,7 +371,8 @@ def _refuse_links(variable: str, text: str) -> None:
 
 def from_text(name: str, text: str) -> str | list[str]:
     """A setting's text as `load_settings` takes it: split at commas where the setting is a list."""
-    if name not in {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow"}:
+    if name not in {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow",
+                    "encryption_keys"}:  # fmt: skip
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -399,7 +413,7 @@ _POSITIVE = (
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
     "serve_workers", "serve_restart_cap",
-    "projector_concurrency", "archive_timeout",
+    "projector_concurrency", "archive_timeout", "encryption_cache", "encryption_cache_ttl",
 )  # fmt: skip
 
 

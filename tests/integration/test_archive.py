@@ -47,7 +47,8 @@ async def ended(served: Served, words: int = 3) -> Script:
 
 async def expire(store: Store, job_id: str) -> None:
     """As Redis does when its time has come."""
-    await store.client.delete(*await store.client.keys(f"*job:{job_id}*"))
+    names: list[bytes] = await store.client.keys(f"*job:{job_id}*")
+    await store.client.delete(*(name for name in names if not name.endswith(b":datakey")))
 
 
 async def archived(served: Served, **more: Any) -> Script:

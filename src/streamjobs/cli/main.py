@@ -17,6 +17,7 @@ from streamjobs.cli.demo import demo
 from streamjobs.cli.doctor import doctor
 from streamjobs.cli.export import export
 from streamjobs.cli.jobs import cancel, status, submit, watch
+from streamjobs.cli.keys import keys
 from streamjobs.cli.notices import notifications, webhooks
 from streamjobs.cli.projections import projections, stats
 from streamjobs.cli.roles import dev, gateway_process, projector, provider, serve, worker
@@ -48,7 +49,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for command in (
     dev, demo, serve, gateway_process, worker, projector, provider, doctor, canary,
-    schedules, projections, stats, notifications, webhooks,
+    schedules, projections, stats, notifications, webhooks, keys,
     submit, watch, status, cancel, export,
     look.list_jobs, look.result, look.log, look.effects,
     control.pause, control.resume, control.signal, control.approve, control.deny, control.rerun,

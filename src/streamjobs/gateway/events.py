@@ -35,7 +35,14 @@ from streamjobs import metrics
 from streamjobs.archive import line_of
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
-from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable, StreamjobsError
+from streamjobs.errors import (
+    CursorNotFound,
+    Invalid,
+    JobNotFound,
+    Shredded,
+    StoreUnavailable,
+    StreamjobsError,
+)
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
@@ -134,6 +141,8 @@ class Events:
         headers = {"Cache-Control": "no-store"}
         try:
             page = await self._read(asked.job_id, cursor, limit)
+        except Shredded:
+            raise
         except JobNotFound:
             page = await self._archived.page(asked.job_id, cursor, limit)
             headers |= ARCHIVED
@@ -151,6 +160,8 @@ class Events:
         cursor = asked.cursor or START
         try:
             page = await self._read(asked.job_id, cursor, self._hub.settings.page_events)
+        except Shredded:
+            raise
         except JobNotFound:
             await self._archived.ndjson(asked.job_id, cursor, send)
             return
