@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from streamjobs.encryption import Cipher, has_envelope
-from streamjobs.errors import DamagedCiphertext
+from streamjobs.errors import DamagedCiphertext, Invalid
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "job.queued": ("input", "metadata"),
@@ -87,15 +87,21 @@ _OF_CHILDREN = (*_PARTS["job.completed"], *_PARTS["job.failed"])
 
 
 def encrypt(cipher: Cipher, kind: str, content: bytes, parent: Cipher | None = None) -> bytes:
-    """An event's content with envelopes for what is confidential; an outcome for the `parent` as well."""
+    """An event's content with envelopes for what is confidential; an outcome for the `parent` as well.
+
+    Raises `Invalid` for what is no event.
+    """
     if kind in READABLE:
         return content
     parts = _PARTS.get(kind)
-    if parts is None:
-        return _encrypt_whole(cipher, kind, content)
-    if parent is not None and kind in OUTCOMES:
-        return _turned(content, parts, lambda value, place: cipher.shared_envelope(value, place, parent))
-    return _turned(content, parts, cipher.envelope)
+    try:
+        if parts is None:
+            return _encrypt_whole(cipher, kind, content)
+        if parent is not None and kind in OUTCOMES:
+            return _turned(content, parts, lambda value, place: cipher.shared_envelope(value, place, parent))
+        return _turned(content, parts, cipher.envelope)
+    except (msgspec.MsgspecError, KeyError) as error:
+        raise Invalid(f"{kind} of {cipher.id} is no event: {error}") from error
 
 
 def encrypt_fields(cipher: Cipher, kind: str, fields: bytes) -> bytes:
@@ -141,7 +147,7 @@ def _turned(content: bytes, parts: Iterable[_Part], turn: Callable[[bytes, bytes
 
 
 def _encrypt_whole(cipher: Cipher, kind: str, content: bytes) -> bytes:
-    members = _MEMBERS.decode(content)
+    members = _MEMBERS.decode(content) if content.startswith(b"{") else {}
     kept = {name: members[name] for name in _KEPT if name in members}
     return _encoder.encode({**kept, _SEALED: msgspec.Raw(cipher.envelope(content, kind.encode()))})
 

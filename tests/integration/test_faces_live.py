@@ -17,7 +17,7 @@ from streamjobs.client import Client, GatewayError, JobCancelled, JobFailed
 from tests.conftest import wait_until
 from tests.integration.dev import running_dev
 
-ROLES = {"demo", "dev", "doctor", "projector", "provider", "schedules", "serve", "worker"}
+ROLES = {"demo", "dev", "doctor", "keys", "projector", "provider", "schedules", "serve", "worker"}
 """Commands that talk to no gateway, and the group that has tests of its own."""
 
 

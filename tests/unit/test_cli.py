@@ -33,8 +33,8 @@ from streamjobs.store.doctor import CHECKS, Report, Violation
 COMMANDS = [
     "approve", "canary", "cancel", "dead", "delete", "demo", "deny", "dev", "doctor", "effects", "export",
     "keys", "list", "log", "notifications", "pause", "projections", "projector", "provider", "queues",
-    "rerun", "result", "resume", "schedules", "serve", "signal", "stats", "status", "strike", "strikes", "submit",
-    "unstrike", "watch", "webhooks", "worker", "workers",
+    "rerun", "result", "resume", "schedules", "serve", "signal", "stats", "status", "strike", "strikes",
+    "submit", "unstrike", "watch", "webhooks", "worker", "workers",
 ]  # fmt: skip
 HEAVY = [
     "starlette",

@@ -32,6 +32,8 @@ def rotate(batch: int, redis_url: str | None, config: Path | None, assignments: 
     """
     settings = require_redis(read_settings(redis_url, config, assignments))
     done = run(_rotate(settings, batch, show_progress=sys.stderr.isatty()))
+    for error in done.errors:
+        click.echo(error, err=True)
     click.echo(f"{done.seen} data keys, {done.changed} wrapped anew, {done.failed} could not be unwrapped")
     sys.exit(1 if done.failed else 0)
 

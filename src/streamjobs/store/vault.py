@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import structlog
 from redis.asyncio import Redis
 
 from streamjobs import confidential
@@ -39,9 +38,8 @@ from streamjobs.store.scripts import Scripts, flatten, text, translated
 if TYPE_CHECKING:
     from streamjobs.store.work import Batch
 
-log = structlog.get_logger(__name__)
-
 NONE, SHREDDED = "", "-"
+_ERRORS = 20
 _STORE = "store"
 """In the place of a job's id, for what belongs to no job."""
 
@@ -56,15 +54,21 @@ class _Known(NamedTuple):
 
 
 class Rotated(NamedTuple):
-    """Data keys that were looked at, wrapped anew, and not to be unwrapped."""
+    """Data keys that were looked at, wrapped anew, and not to be unwrapped; why some of those were not."""
 
     seen: int = 0
     changed: int = 0
     failed: int = 0
+    errors: tuple[str, ...] = ()
 
     def plus(self, other: Rotated) -> Rotated:
         """Both together."""
-        return Rotated(*map(sum, zip(self, other, strict=True)))
+        return Rotated(
+            self.seen + other.seen,
+            self.changed + other.changed,
+            self.failed + other.failed,
+            (*self.errors, *other.errors)[:_ERRORS],
+        )
 
 
 class Vault:
@@ -269,19 +273,18 @@ class Vault:
 
     async def _rewrap(self, partition: int, found: list[tuple[str, str]]) -> Rotated:
         rows: list[tuple[str, str, str]] = []
-        failed = 0
+        errors: list[str] = []
         for job_id, stored in found:
             record, space, parent = stored.partition(" ")
             try:
                 if not self.ring.is_current(record):
                     rows.append((job_id, stored, self.ring.rewrapped(job_id, record) + space + parent))
             except (EncryptionKeyMissing, DamagedCiphertext) as error:
-                log.error("datakey.not_rewrapped", job_id=job_id, error=str(error))
-                failed += 1
+                errors.append(str(error))
         changed = 0
         if rows:
             changed = await self._scripts.call(Scripts.DATAKEY, partition, "rewrap", *flatten(rows))
-        return Rotated(len(found), changed, failed)
+        return Rotated(len(found), changed, len(errors), tuple(errors[:_ERRORS]))
 
     async def rotate_own(self) -> None:
         """The same for the store's own key."""

@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 
 from streamjobs import confidential
 from streamjobs.config import Settings
-from streamjobs.errors import DamagedCiphertext, EncryptionKeyMissing, JobNotFound, Shredded
+from streamjobs.errors import DamagedCiphertext, EncryptionKeyMissing, Invalid, JobNotFound, Shredded
 from streamjobs.store import keys
 from streamjobs.store.scripts import Scripts, flatten, text, translated
 from streamjobs.store.vault import Vault
@@ -177,7 +177,7 @@ class Work:
         for batch in batches:
             try:
                 await vault.encrypt(batch)
-            except (JobNotFound, EncryptionKeyMissing, DamagedCiphertext) as error:
+            except (JobNotFound, EncryptionKeyMissing, DamagedCiphertext, Invalid) as error:
                 verdict = "error" if error.code != JobNotFound.code else "gone"
                 refused[id(batch)] = Answer(verdict, detail=str(error))
         return refused
