@@ -238,6 +238,7 @@ async def test_no_word_is_written_in_the_clear(own_redis: RedisProcess, tmp_path
                 clear = await play(Lab(store, provider), "clear")
                 await wait_until(lambda: all_archived(store, clear))
                 await wait_until(lambda: told(store, "clear"))
+                await wait_until(lambda: len(set(receiver.ids)) == 4)
     expected = {word(what, "clear") for what in CHAT | WORKFLOW}
     assert words_in(keyspace(own_redis)) | words_in(iter(before.heard)) >= expected
     assert words_in(files(tmp_path / "archive")) >= expected - {word("artifact", "clear")}
@@ -253,7 +254,7 @@ async def test_no_word_is_written_in_the_clear(own_redis: RedisProcess, tmp_path
                 jobs = await play(Lab(store, provider), "hidden")
                 await wait_until(lambda: all_archived(store, jobs))
                 await wait_until(lambda: told(store, "hidden"))
-                await wait_until(lambda: len(receiver.got) >= 6)
+                await wait_until(lambda: len(set(receiver.ids)) == 8)
             everywhere = itertools.chain(keyspace(own_redis), iter(after.heard), files(tmp_path / "archive"))
             leaks = {found for found in words_in(everywhere) if not found.endswith("-clear")}
             assert leaks == set()
