@@ -8,9 +8,11 @@ cancels them, one every so many seconds, and prints what was answered.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +29,8 @@ from streamjobs.store import Store, Submission
 BATCH = 500
 OWNERS = 20
 QUEUE = "default"
+ENCRYPT = "LOADTESTS_ENCRYPT"
+"""The variable that has every job encrypted; `--encrypt` sets it."""
 COUNTS = "sj:{0}:counts"
 FEED = "sj:{0}:feed"
 HASHES = "sj:{0}:job:" + "?" * 29
@@ -69,6 +73,8 @@ def worker_command(app: str, concurrency: int) -> list[str]:
 def settings_env(url: str, **settings: str) -> dict[str, str]:
     """Return the settings of every streamjobs process here, as environment variables."""
     chosen = {"redis_url": url, "owner_limit": "0", "log_level": "warning"} | settings
+    if os.environ.get(ENCRYPT):
+        chosen["encryption_keys"] = "load:" + base64.b64encode(bytes(32)).decode()
     return {f"STREAMJOBS_{name.upper()}": value for name, value in chosen.items()}
 
 

@@ -30,6 +30,7 @@ from streamjobs.errors import (
     IdempotencyMismatch,
     JobNotEnded,
     JobNotFound,
+    Shredded,
 )
 from streamjobs.job import Fold
 from streamjobs.projections import build
@@ -38,6 +39,7 @@ from streamjobs.projections.snapshot import SnapshotProjection
 from streamjobs.schedule import Schedule
 from streamjobs.store import Batch, Store, Submission, Vault
 from streamjobs.store.dead import DeadFilter
+from streamjobs.store.doctor import Doctor
 from streamjobs.store.owners import START as FEED_START
 from streamjobs.testing import Scenario, ScriptedCall, ScriptedProvider, Turn
 from streamjobs.webhook import Webhook
@@ -349,7 +351,7 @@ def vault(store: Store) -> Vault:
 
 
 async def test_a_job_without_its_data_key_is_shredded(redis: RedisProcess):
-    """Deleting one key is how a promise to forget is kept, of copies and backups too."""
+    """Deleting one key is how a promise to forget is kept, also of the copies of an archive."""
     async with serving(redis.url, **KEYS, **SEALS) as served:
         store, path = served.store, "/v1/jobs/"
         sealed, fresh = await ended(store), await ended(store)
@@ -402,7 +404,7 @@ async def test_lists_of_many_jobs_go_on_without_what_is_shredded(store: Store):
 
 
 async def test_deleting_a_job_shreds_it(store: Store):
-    """The file in the archive, or a backup of Redis, could still be read."""
+    """A copy of its file could still be read, wherever that is."""
     script = await ended(store)
     assert await data_key(store, script.id)
     await store.retention.delete(script.id)
@@ -497,6 +499,25 @@ async def test_rotation_goes_on_past_what_is_damaged(redis: RedisProcess, store:
     await store.client.flushall()
 
 
+async def test_keys_are_read_from_a_file_and_shred_by_hand(redis: RedisProcess, tmp_path: Path):
+    """Keys in the environment are seen by everybody who may look at a process."""
+    file = tmp_path / "keys"
+    file.write_text(f"# the first wraps\n{key('k2')}\n\n  {key('k1')}\n")
+    async with opened(redis.url) as before:
+        job = (await ended(before)).id
+    async with opened(redis.url, encryption_keys=(), encryption_keys_file=str(file)) as store:
+        assert vault(store).ring.names == ["k2", "k1"]
+        assert (await text_of(store, job)).startswith("one two")
+        arguments = ["keys", "shred", "--redis-url", redis.url, "--set", f"encryption_keys_file={file}", job]
+        said = [(await asyncio.to_thread(CliRunner().invoke, cli, arguments)).output for _ in range(2)]
+        assert said == [f"{job} shredded\n", f"{job} has no data key\n"]
+        with pytest.raises(Shredded):
+            await text_of(store, job)
+    with pytest.raises(ConfigError, match="encryption_keys_file"):
+        async with opened(redis.url, encryption_keys_file=str(tmp_path / "none")):
+            pass
+
+
 async def test_errors_name_the_key(redis: RedisProcess, store: Store):
     """Somebody would be called at night, and not know which key to look for."""
     script = await ended(store)
@@ -509,6 +530,8 @@ async def test_errors_name_the_key(redis: RedisProcess, store: Store):
     await renew(store, script.id, {4: damaged})
     with pytest.raises(DamagedCiphertext, match="'k1'"):
         await text_of(store, script.id)
+    found = {(violation.check, violation.subject) for violation in (await Doctor(store).examine()).violations}
+    assert {("readable", newer.id), ("readable", script.id)} <= found
 
 
 async def renew(store: Store, job_id: str, changed: dict[int, bytes]) -> None:
