@@ -18,6 +18,7 @@ import msgspec
 
 from streamjobs.encryption import Cipher, has_envelope
 from streamjobs.errors import DamagedCiphertext, Invalid
+from streamjobs.events import UNENCODABLE
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "job.queued": ("input", "metadata"),
@@ -100,7 +101,7 @@ def encrypt(cipher: Cipher, kind: str, content: bytes, parent: Cipher | None = N
         if parent is not None and kind in OUTCOMES:
             return _turned(content, parts, lambda value, place: cipher.shared_envelope(value, place, parent))
         return _turned(content, parts, cipher.envelope)
-    except (msgspec.MsgspecError, KeyError) as error:
+    except (*UNENCODABLE, KeyError) as error:
         raise Invalid(f"{kind} of {cipher.id} is no event: {error}") from error
 
 
@@ -121,7 +122,7 @@ def decrypt(cipher: Cipher, kind: str, content: bytes) -> bytes:
             )
         parts = _PARTS.get(kind)
         return _turned(content, parts, cipher.value) if parts else _decrypt_whole(cipher, kind, content)
-    except (msgspec.MsgspecError, KeyError) as error:
+    except (*UNENCODABLE, KeyError) as error:
         raise DamagedCiphertext(f"{kind} of {cipher.id} is no event: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from streamjobs import confidential
 from streamjobs.encryption import Cipher, Keyring, has_envelope, is_sealed_blob
-from streamjobs.errors import ConfigError, DamagedCiphertext, EncryptionKeyMissing
+from streamjobs.errors import ConfigError, DamagedCiphertext, EncryptionKeyMissing, Invalid
 from streamjobs.events import EVENTS, encode_json
 
 JOB, OTHER, PARENT = "j0-" + "a" * 26, "j0-" + "b" * 26, "j0-" + "c" * 26
@@ -175,6 +176,8 @@ def test_a_digest_needs_the_key():
 
 # --- events
 
+MEMBERS = st.sampled_from(["ts", "text", "result", "error", "message", "code", "job", "sealed", "input"])
+READER = cipher()
 EXAMPLES: dict[str, dict[str, object]] = {
     "job.queued": {"ts": 1, "kind": "chat", "input": {"a": "secret"}, "metadata": {"b": "secret"}},
     "job.progress": {"ts": 1, "percent": 50.0, "message": "secret"},
@@ -278,6 +281,25 @@ def test_a_text_that_looks_like_an_envelope_is_text():
         confidential.decrypt(sealing, "text.delta", confidential.encrypt(sealing, "text.delta", content))
         == content
     )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["enc1:AAAA", "enc2:", "enc1:%"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(MEMBERS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from([*EXAMPLES, "child.ended"]), st.binary(max_size=60) | JSON.map(encode_json))
+def test_whatever_is_there_it_opens_is_plain_or_damaged(kind: str, content: bytes):
+    """One mangled event would bring down whoever reads it, again and again."""
+    with contextlib.suppress(DamagedCiphertext):
+        assert confidential.decrypt(cipher(), kind, content + b' "enc1:') or True
+    with contextlib.suppress(DamagedCiphertext):
+        opened = confidential.decrypt(cipher(), kind, content)
+        assert opened == content or has_envelope(content)
+    with contextlib.suppress(Invalid):
+        confidential.decrypt(READER, kind, confidential.encrypt(READER, kind, content))
 
 
 def test_without_envelopes_it_can_still_be_shown():

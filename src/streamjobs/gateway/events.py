@@ -22,6 +22,7 @@ Rule 3: a stream that begins with the view of a long job is zstd where the clien
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.errors import (
     CursorNotFound,
+    DamagedCiphertext,
+    EncryptionKeyMissing,
     Invalid,
     JobNotFound,
     Shredded,
@@ -109,6 +112,8 @@ class Events:
         if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
             return
+        if end is not None:
+            await self._require_readable(asked.job_id)
         coding = self._coding(asked, record)
         headers = [*sse.HEADERS, *(HEADERS if isinstance(coding, Zstd) else ())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -117,6 +122,18 @@ class Events:
             return
         viewer = self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
         await run(self._hub, viewer, coding, scope, receive, send)
+
+    async def _require_readable(self, job_id: str) -> None:
+        """Raise `Shredded` of an ended job; a stream that says so would be opened again and again."""
+        vault = self._hub.store.vault
+        if vault is None:
+            return
+        try:
+            with contextlib.suppress(StoreUnavailable, EncryptionKeyMissing, DamagedCiphertext):
+                await vault.current(job_id)
+        except Shredded:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
 
     async def _from_archive(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         try:
