@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,9 @@ import uvloop
 
 from loadtests.peers.peer import Peer, count_matching
 from loadtests.processes import python
+from streamjobs.confidential import decrypt
 from streamjobs.config import load_settings
+from streamjobs.encryption import Cipher, Keyring
 from streamjobs.store import Store, Submission
 
 BATCH = 500
@@ -31,6 +34,7 @@ OWNERS = 20
 QUEUE = "default"
 ENCRYPT = "LOADTESTS_ENCRYPT"
 """The variable that has every job encrypted; `--encrypt` sets it."""
+_KEY = "load:" + base64.b64encode(bytes(32)).decode()
 COUNTS = "sj:{0}:counts"
 FEED = "sj:{0}:feed"
 HASHES = "sj:{0}:job:" + "?" * 29
@@ -74,7 +78,7 @@ def settings_env(url: str, **settings: str) -> dict[str, str]:
     """Return the settings of every streamjobs process here, as environment variables."""
     chosen = {"redis_url": url, "owner_limit": "0", "log_level": "warning"} | settings
     if os.environ.get(ENCRYPT):
-        chosen["encryption_keys"] = "load:" + base64.b64encode(bytes(32)).decode()
+        chosen["encryption_keys"] = _KEY
     return {f"STREAMJOBS_{name.upper()}": value for name, value in chosen.items()}
 
 
@@ -85,6 +89,17 @@ def _is_whole(reply: list[bytes]) -> bool:
 
 def events_key(job_id: str) -> str:
     return f"sj:{{0}}:job:{job_id}:events"
+
+
+def content_of(client: redis.Redis, job_id: str, kind: str, content: bytes) -> bytes:
+    """Return an event's content as it was written, also where jobs are encrypted."""
+    return content if not os.environ.get(ENCRYPT) else decrypt(_cipher(client, job_id), kind, content)
+
+
+@functools.lru_cache(maxsize=1)
+def _cipher(client: redis.Redis, job_id: str) -> Cipher:
+    record: Any = client.get(f"{hash_key(job_id)}:datakey")
+    return Keyring.parse([_KEY]).cipher(job_id, record.decode())
 
 
 def hash_key(job_id: str) -> str:

@@ -407,8 +407,10 @@ async def test_deleting_a_job_shreds_it(store: Store):
     """A copy of its file could still be read, wherever that is."""
     script = await ended(store)
     assert await data_key(store, script.id)
+    assert vault(store).known(script.id) is not None
     await store.retention.delete(script.id)
     assert await data_key(store, script.id) is None
+    assert vault(store).known(script.id) is None, "this process could still read a copy of it"
     archived = await ended(store)
     await store.retention.keep(archived.id, 60.0, archive="archived")
     assert await store.retention.relieve(0, 10, fresh=0.0) == 1

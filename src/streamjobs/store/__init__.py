@@ -131,7 +131,7 @@ class Store:
         self.workers = Workers(client, settings)
         self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms, vault)
         self.ticks = Ticks(self.schedules, self.jobs)
-        self.retention = Retention(client, scripts, plain=plain)
+        self.retention = Retention(client, scripts, plain=plain, vault=vault)
         self.notices = Notices(client, scripts, settings, vault)
         self.webhooks = Webhooks(client, scripts, settings)
         self.deliveries = Deliveries(client, scripts, settings)

@@ -186,8 +186,12 @@ class Vault:
         )
         if text(verdict) == "live":
             raise JobNotEnded(f"the job is {text(rest[0])}")
-        self._known.pop(job_id, None)
+        self.forget(job_id)
         return text(verdict) == "ok"
+
+    def forget(self, job_id: str) -> None:
+        """Let go of a data key that was deleted."""
+        self._known.pop(job_id, None)
 
     def _remember(self, job_id: str, stored: str) -> _Known:
         record, _, parent = stored.partition(" ")
