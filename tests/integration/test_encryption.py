@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -651,6 +652,25 @@ async def test_two_that_make_a_data_key_make_the_same(redis: RedisProcess):
             made = await asyncio.gather(vault(one).ensure(job), vault(other).ensure(job))
             assert made[0] is not None and made[1] is not None
             assert made[1].open(made[0].seal(b"words", b""), b"") == b"words"
+
+
+async def test_a_writer_asks_for_a_data_key_now_and_then(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """A job would be asked about at each write, or go on for ever with a key that is gone."""
+    now = 1000.0
+    monkeypatch.setattr("streamjobs.store.vault.time", SimpleNamespace(monotonic=lambda: now))
+    script = await live(store)
+    record = await data_key(store, script.id)
+    name = f"sj:{{0}}:job:{script.id}:datakey"
+    for later in (59.0, 59.0 + 61.0):
+        now = 1000.0 + later
+        await vault(store).ensure(script.id)
+        await store.client.delete(name)
+        assert await vault(store).ensure(script.id), "asked for a moment ago"
+        await store.client.set(name, record)
+    now += 61.0
+    await store.client.delete(name)
+    with pytest.raises(Shredded):
+        await vault(store).ensure(script.id)
 
 
 async def test_the_same_submission_is_the_same_job(store: Store):

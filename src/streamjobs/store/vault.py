@@ -119,9 +119,11 @@ class Vault:
         if stored == SHREDDED:
             self._known.pop(job_id, None)
             raise Shredded("the job's data key was deleted: nothing of it can be read any more")
-        known = self._known.get(job_id)
+        known, until = self._known.get(job_id), time.monotonic() + self._ttl
         if known is None or known.record != stored:
-            known = self._remember(job_id, stored)
+            record, _, parent = stored.partition(" ")
+            known = _Known(stored, self.ring.cipher(job_id, record) if record else None, parent, until)
+        self._remember(job_id, known._replace(until=until))
         return known.cipher
 
     def known(self, job_id: str) -> Cipher | None:
@@ -193,15 +195,12 @@ class Vault:
         """Let go of a data key that was deleted."""
         self._known.pop(job_id, None)
 
-    def _remember(self, job_id: str, stored: str) -> _Known:
-        record, _, parent = stored.partition(" ")
-        cipher = self.ring.cipher(job_id, record) if record else None
-        known = _Known(stored, cipher, parent, time.monotonic() + self._ttl)
+    def _remember(self, job_id: str, known: _Known) -> None:
+        """The one used longest ago leaves first."""
         self._known.pop(job_id, None)
         self._known[job_id] = known
-        while len(self._known) > max(1, self._most):
+        if len(self._known) > self._most:
             del self._known[next(iter(self._known))]
-        return known
 
     # --- events
 
