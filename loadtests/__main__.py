@@ -18,6 +18,7 @@ from loadtests.plots import draw
 from loadtests.processes import RunError, raise_on_signals
 from loadtests.progress import Progress
 from loadtests.report import Report, Section, chart_file, markdown
+from loadtests.streamjobs_peer import ENCRYPT
 
 SCENARIOS: tuple[Scenario, ...] = (
     jobs.SCENARIO,
@@ -44,6 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, one round: does it work? (< 120 s)"
     )
+    parser.add_argument(
+        "--encrypt", action="store_true", help="encrypt streamjobs' jobs (see docs/operations.md)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers as JSON")
     for scenario in SCENARIOS:
         scenario.add_options(parser)
@@ -53,6 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser()
     options = parser.parse_args(arguments)
+    if options.encrypt:
+        os.environ[ENCRYPT] = "1"
     unknown = set(options.scenarios) - {scenario.name for scenario in SCENARIOS}
     if unknown:
         parser.error(f"unknown scenario: {', '.join(sorted(unknown))}")

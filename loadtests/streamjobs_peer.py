@@ -8,9 +8,12 @@ cancels them, one every so many seconds, and prints what was answered.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import functools
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -21,12 +24,17 @@ import uvloop
 
 from loadtests.peers.peer import Peer, count_matching
 from loadtests.processes import python
+from streamjobs.confidential import decrypt
 from streamjobs.config import load_settings
+from streamjobs.encryption import Cipher, Keyring
 from streamjobs.store import Store, Submission
 
 BATCH = 500
 OWNERS = 20
 QUEUE = "default"
+ENCRYPT = "LOADTESTS_ENCRYPT"
+"""The variable that has every job encrypted; `--encrypt` sets it."""
+_KEY = "load:" + base64.b64encode(bytes(32)).decode()
 COUNTS = "sj:{0}:counts"
 FEED = "sj:{0}:feed"
 HASHES = "sj:{0}:job:" + "?" * 29
@@ -70,6 +78,8 @@ def settings_env(url: str, **settings: str) -> dict[str, str]:
     """Return the settings of every streamjobs process here, as environment variables."""
     unlimited = dict.fromkeys(("owner_limit", "owner_waiting", "owner_streams"), "0")
     chosen = unlimited | {"redis_url": url, "log_level": "warning"} | settings
+    if os.environ.get(ENCRYPT):
+        chosen["encryption_keys"] = _KEY
     return {f"STREAMJOBS_{name.upper()}": value for name, value in chosen.items()}
 
 
@@ -80,6 +90,17 @@ def _is_whole(reply: list[bytes]) -> bool:
 
 def events_key(job_id: str) -> str:
     return f"sj:{{0}}:job:{job_id}:events"
+
+
+def content_of(client: redis.Redis, job_id: str, kind: str, content: bytes) -> bytes:
+    """Return an event's content as it was written, also where jobs are encrypted."""
+    return content if not os.environ.get(ENCRYPT) else decrypt(_cipher(client, job_id), kind, content)
+
+
+@functools.lru_cache(maxsize=1)
+def _cipher(client: redis.Redis, job_id: str) -> Cipher:
+    record: Any = client.get(f"{hash_key(job_id)}:datakey")
+    return Keyring.parse([_KEY]).cipher(job_id, record.decode())
 
 
 def hash_key(job_id: str) -> str:

@@ -127,10 +127,12 @@ class StreamjobsChat(TokenSystem):
 
     def read(self, client: redis.Redis) -> Transcript:
         texts: list[tuple[str, int]] = []
-        for entry in entries_of(client, [streamjobs_peer.events_key(job) for job in self.ids]):
-            if entry[1][b"t"] == b"text.delta":
-                event = json.loads(entry[1][b"d"])
-                texts.append((event["text"], event["ts"]))
+        for job in self.ids:
+            for entry in entries_of(client, [streamjobs_peer.events_key(job)]):
+                if entry[1][b"t"] == b"text.delta":
+                    content = streamjobs_peer.content_of(client, job, "text.delta", entry[1][b"d"])
+                    event = json.loads(content)
+                    texts.append((event["text"], event["ts"]))
         return _transcript(texts)
 
 

@@ -172,6 +172,9 @@ def check_job_key(client: sync_redis.Redis, name: str) -> None:
     head = ":".join(name.split(":")[:4])
     ended = client.hget(head, "status") in {b"completed", b"failed", b"cancelled"}
     expiry = client.pexpiretime(name)
+    if name.endswith(":datakey") and client.hget(head, "archived"):
+        assert expiry == -1, f"{name} goes before the job's file"
+        return
     assert ended == (expiry > 0), f"{name}: ended is {ended}, expiry is {expiry}"
     whole = client.pexpiretime(head)
     if ended and whole != -2:  # else both have expired since

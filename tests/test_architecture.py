@@ -16,8 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "streamjobs"
 
 LAYERS = [
     {"errors", "redaction"},
-    {"cursor", "events", "faults", "cron", "bounded"},
-    {"approvals", "segments", "retention", "targets"},
+    {"cursor", "events", "faults", "cron", "bounded", "encryption"},
+    {"approvals", "segments", "retention", "targets", "confidential"},
     {"job", "effects", "retry", "config", "metrics", "schedule", "webhook", "outgoing", "archive"},
     {"logs", "identity", "safe_client"},
     {"store", "llm"},

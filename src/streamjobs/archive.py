@@ -5,7 +5,8 @@ for each event, just as `GET /v1/jobs/{id}/events` gives it as NDJSON. `zstdcat 
 Rule 2: a file counts as written once it was read back from where it is, and holds what it should.
 Rule 3: neither writing nor reading holds more of a job than a page. Both run in threads of their own, few of
 them: a target that hangs takes nothing but those.
-Rule 4: the same job gives the same file, whoever writes it and however often.
+Rule 4: the same job gives the same file, whoever writes it and however often. Where jobs are encrypted that
+holds of what is in the file, which is encrypted with the data key of its job.
 """
 
 from __future__ import annotations
@@ -19,13 +20,20 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import msgspec
 import zstandard
 
 from streamjobs.cursor import START, Cursor, parse_cursor
-from streamjobs.errors import ArchiveUnavailable, InvalidCursor, JobNotFound, StreamjobsError
+from streamjobs.encryption import Cipher
+from streamjobs.errors import (
+    ArchiveUnavailable,
+    InvalidCursor,
+    JobNotFound,
+    Shredded,
+    StreamjobsError,
+)
 from streamjobs.events import encode_json
 from streamjobs.segments import Entry
 from streamjobs.targets import Target, target_of, troubles
@@ -33,6 +41,9 @@ from streamjobs.targets import Target, target_of, troubles
 FORMAT = 1
 PAGE_EVENTS = 500
 PAGE_BYTES = 256 * 1024
+_ENCRYPTED = b"\xe5SJARC1\n"
+"""What an encrypted file begins with, which zstd does not."""
+_CHUNK = 64 * 1024
 _THREADS = 4
 _LEVEL = 6
 _MAX_LINE = 128 * 1024 * 1024
@@ -47,6 +58,18 @@ class DamagedArchive(StreamjobsError):  # noqa: N818 - named after what happened
     """A file of the archive that does not hold what it should."""
 
     code = "damaged_archive"
+
+
+class DataKeys(Protocol):
+    """Where the data keys of jobs are, of those too that are in the archive alone."""
+
+    async def ensure(self, job_id: str, /) -> Cipher | None:
+        """A job's data key, to write its file with; None where that is not encrypted."""
+        ...
+
+    async def current(self, job_id: str, /) -> Cipher | None:
+        """A job's data key, as it is now."""
+        ...
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -94,15 +117,16 @@ def name_of(job_id: str) -> str:
 class Archive:
     """Writes, reads and removes the files of jobs."""
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: Target, timeout: float, data_keys: DataKeys | None = None) -> None:
         self._target = target
         self._timeout = timeout
+        self._data_keys = data_keys
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="archive")
 
     @classmethod
-    def of(cls, url: str, timeout: float) -> Archive | None:
+    def of(cls, url: str, timeout: float, data_keys: DataKeys | None = None) -> Archive | None:
         """The archive that the settings name, None without one. Raises `ConfigError`."""
-        return cls(target_of(url), timeout) if url else None
+        return cls(target_of(url), timeout, data_keys) if url else None
 
     async def write(self, header: Header, pages: AsyncIterable[Iterable[Entry]]) -> None:
         """Write a job's file, and check it.
@@ -110,7 +134,8 @@ class Archive:
         Raises `ArchiveUnavailable`, `DamagedArchive` where what is there then is something else, and
         `StreamjobsError` where the pages do not hold what the header says.
         """
-        async with self._held(lambda: _Writer(self._target, header)) as (writer, run):
+        cipher = None if self._data_keys is None else await self._data_keys.ensure(header.id)
+        async with self._held(lambda: _Writer(self._target, header, cipher)) as (writer, run):
             async for entries in pages:
                 await run(writer.add, list(entries))
             await run(writer.commit)
@@ -128,11 +153,16 @@ class Archive:
 
     @contextlib.asynccontextmanager
     async def reading(self, job_id: str) -> AsyncGenerator[Reading]:
-        """Read a job's file. Raises `JobNotFound`, `ArchiveUnavailable`, `DamagedArchive`."""
+        """Read a job's file.
+
+        Raises `JobNotFound`, `ArchiveUnavailable`, `DamagedArchive`, of an encrypted one `Shredded`,
+        `EncryptionKeyMissing`, `DamagedCiphertext`.
+        """
         name = name_of(job_id)
+        cipher = None if self._data_keys is None else await self._data_keys.current(job_id)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                held = self._held(lambda: _Reader(self._target.open(name)))
+                held = self._held(lambda: _Reader(self._target.open(name), cipher))
                 reader, run = await stack.enter_async_context(held)
             except FileNotFoundError as error:
                 raise JobNotFound("no such job") from error
@@ -212,7 +242,7 @@ class Reading:
 
 
 class _Writer:
-    def __init__(self, target: Target, header: Header) -> None:
+    def __init__(self, target: Target, header: Header, cipher: Cipher | None) -> None:
         self._target = target
         self._header = header
         self._seq = 0
@@ -225,7 +255,8 @@ class _Writer:
             raise
         try:
             compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
-            self._out: Any = compressor.stream_writer(self._file)
+            file: Any = self._file if cipher is None else _Encrypting(self._file, cipher)
+            self._out: Any = compressor.stream_writer(file)
             self._out.write(encode_json(header) + b"\n")
         except BaseException:
             self.close()
@@ -264,13 +295,87 @@ class _Writer:
             self._staged = None
 
 
+class _Encrypting:
+    """A file that what is compressed goes through: a head, then chunks, each behind its length.
+
+    A chunk opens in its own place only, and only the last one as the last.
+    """
+
+    def __init__(self, file: BinaryIO, cipher: Cipher) -> None:
+        self._file = file
+        self._cipher = cipher
+        self._pending = bytearray()
+        self._number = 0
+        file.write(_ENCRYPTED)
+
+    def write(self, data: bytes) -> int:
+        self._pending += data
+        while len(self._pending) > _CHUNK:
+            self._put(bytes(self._pending[:_CHUNK]), is_last=False)
+            del self._pending[:_CHUNK]
+        return len(data)
+
+    def close(self) -> None:
+        self._put(bytes(self._pending), is_last=True)
+        self._file.close()
+
+    def _put(self, chunk: bytes, *, is_last: bool) -> None:
+        sealed = self._cipher.seal(chunk, _chunk_place(self._number, is_last=is_last))
+        self._file.write(len(sealed).to_bytes(4, "big") + bytes([is_last]) + sealed)
+        self._number += 1
+
+
+class _Decrypting:
+    """What `_Encrypting` was given, from behind the head."""
+
+    def __init__(self, file: BinaryIO, cipher: Cipher) -> None:
+        self._file = file
+        self._cipher = cipher
+        self._number = 0
+        self._is_over = False
+        self._rest = b""
+
+    def read(self, size: int = -1) -> bytes:
+        while not self._is_over and (size < 0 or not self._rest):
+            self._rest += self._next()
+        size = len(self._rest) if size < 0 else size
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    def _next(self) -> bytes:
+        head = self._file.read(5)
+        length = int.from_bytes(head[:4], "big")
+        if len(head) < 5 or length > 2 * _CHUNK:
+            raise DamagedArchive("an encrypted file of the archive ends too early")
+        self._is_over = head[4] == 1
+        place = _chunk_place(self._number, is_last=self._is_over)
+        self._number += 1
+        return self._cipher.open(self._file.read(length), place)
+
+
+def _chunk_place(number: int, *, is_last: bool) -> bytes:
+    return b"archive\0%d%b" % (number, b" last" if is_last else b"")
+
+
+def _opened(file: BinaryIO, cipher: Cipher | None) -> Any:
+    """What to read an archive's lines from, behind whatever encrypts them. Raises `Shredded`."""
+    head = file.read(len(_ENCRYPTED))
+    if head != _ENCRYPTED:
+        file.seek(0)
+        return file
+    if cipher is None:
+        raise Shredded("the job's file is encrypted, and its data key is gone")
+    return _Decrypting(file, cipher)
+
+
 class _Reader:
     """Lines are counted: a file that was cut ends in silence."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, cipher: Cipher | None) -> None:
         self._file = file
         try:
-            stream: Any = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            source = _opened(file, cipher)
+            stream: Any = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
             self._lines = io.BufferedReader(stream, 128 * 1024)
             self.header = self._decoded(_header_decoder, self._line())
             if self.header.format != FORMAT:

@@ -160,6 +160,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     archive_timeout: float = 30.0
     """How long one step of reading or writing a file may take there."""
 
+    # --- encryption
+    encryption_keys: tuple[str, ...] = ()
+    """Master keys, each `name:base64` of 32 bytes: the first wraps the data keys of new jobs, all unwrap.
+    With one, what jobs are given and make is encrypted. As text: separated by commas."""
+    encryption_keys_file: str = ""
+    """A file with more of them, one a line, behind those of `encryption_keys`."""
+    encryption_new_jobs: bool = True
+    """Whether jobs get data keys that have none; false while keys are rolled out, or to stop encrypting."""
+    encryption_cache: int = 10_000
+    """Data keys that a process keeps unwrapped."""
+    encryption_cache_ttl: float = 60.0
+    """After this long a process that writes asks again for a job's data key."""
+
     # --- worker
     concurrency: int = 400
     """Jobs that one worker process runs at once."""
@@ -414,7 +427,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 FIELDS = Settings.__struct_fields__
 SECRETS = (
     "redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url",
-    "jwt_secrets", "token_keys",
+    "jwt_secrets", "token_keys", "encryption_keys",
 )  # fmt: skip
 """Settings that are secrets, or hold one. They may be references."""
 
@@ -517,6 +530,7 @@ def _refuse_links(variable: str, text: str) -> None:
 _LISTS = frozenset(
     {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow", "fetch_allow"}
     | {"isolated_tools", "tool_process_env", "auth", "cors_origins", "jwt_secrets", "token_keys"}
+    | {"encryption_keys"}
 )
 
 
@@ -564,7 +578,7 @@ _POSITIVE = (
     "retention_sealed", "notice_cap", "notice_ttl", "webhook_timeout", "webhook_connections",
     "provider_attempts", "view_text", "view_log_lines", "view_steps", "view_output",
     "serve_workers", "serve_restart_cap", "fetch_timeout", "fetch_max_bytes",
-    "projector_concurrency", "archive_timeout",
+    "projector_concurrency", "archive_timeout", "encryption_cache", "encryption_cache_ttl",
     "jwt_jwks_ttl", "token_ttl", "token_max_age",
     "tool_processes", "tool_process_memory", "tool_process_file", "tool_process_files", "tool_process_output",
     "tool_process_start_timeout",

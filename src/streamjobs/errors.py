@@ -115,6 +115,12 @@ class TooManyKeys(Invalid):
     code = "too_many_keys"
 
 
+class Shredded(JobNotFound):
+    """The job's data key was deleted: nothing of what it was given or made can be read again, by anybody."""
+
+    code, http_status = "shredded", 410
+
+
 class ScheduleNotFound(StreamjobsError):
     """No such schedule: never made, deleted, or somebody else's."""
 
@@ -315,6 +321,18 @@ class ConfigError(StreamjobsError):
     """A setting is unknown, or its value does not fit."""
 
     code = "config"
+
+
+class EncryptionKeyMissing(StreamjobsError):
+    """A job's data key was wrapped by a master key that this process does not have. Give it that key."""
+
+    code, http_status = "encryption_key_missing", 503
+
+
+class DamagedCiphertext(StreamjobsError):
+    """What was encrypted does not open: it was changed, or stands in a place that it was not written for."""
+
+    code = "damaged_ciphertext"
 
 
 class Fenced(StreamjobsError):

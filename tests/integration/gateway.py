@@ -103,6 +103,16 @@ class Script:
         taken = await store.work.take(0, f"script-{next(_workers)}", 1, 1, store.settings.queues)
         return cls(store, taken.leases[0])
 
+    @property
+    def epoch(self) -> int:
+        return self._lease.epoch
+
+    def under(self, store: Store) -> Script:
+        """The same job, written on through another store."""
+        other = Script(store, self._lease)
+        other._number = self._number
+        return other
+
     async def write(self, *events: Event) -> None:
         await self.write_raw(*((event.type, encode_event(event)) for event in events))
 

@@ -48,7 +48,8 @@ async def ended(served: Served, words: int = 3) -> Script:
 async def expire(store: Store, job_id: str) -> None:
     """As Redis does when its time has come."""
     async with unrestricted(store) as client:
-        await client.delete(*await client.keys(f"*job:{job_id}*"))
+        names: list[bytes] = await client.keys(f"*job:{job_id}*")
+        await client.delete(*(name for name in names if not name.endswith(b":datakey")))
 
 
 async def archived(served: Served, **more: Any) -> Script:

@@ -286,7 +286,7 @@ def test_keys_that_expire_apart_are_found(damage: str):
 def test_every_check_of_one_job_is_made_to_fail_here():
     """A check that cannot fail is no check. Those of the whole store are made to fail in the integration
     test."""
-    of_the_store = {"known_keys", "no_ghosts", "totals"}
+    of_the_store = {"known_keys", "no_ghosts", "totals", "readable"}
     assert {check for check, _, _ in DAMAGED_LOGS.values()} | {
         "one_place",
         "one_expiry",

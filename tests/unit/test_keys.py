@@ -21,6 +21,7 @@ NAMES = {
     f"sj:{{3}}:job:{JOB}:children": ("set", "job"),
     f"sj:{{3}}:job:{JOB}:seen": ("set", "job"),
     f"sj:{{3}}:job:{JOB}:artifacts": ("hash", "job"),
+    f"sj:{{3}}:job:{JOB}:datakey": ("string", "job"),
     "sj:{0}:idem:0123456789abcdef0123456789abcdef": ("string", "job"),
     "sj:{0}:ckey:0123456789abcdef0123456789abcdef": ("string", "live"),
     "sj:{0}:work:default:high": ("stream", "live"),

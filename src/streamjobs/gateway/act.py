@@ -132,7 +132,9 @@ class ActRoutes:
         try:
             await self._store.retention.delete(job_id)
         except JobNotFound:
-            if not await self._archived.remove(job_id):
+            # first of all: a file that cannot be removed now cannot be read any more
+            was_shredded = self._store.vault is not None and await self._store.vault.shred(job_id)
+            if not await self._archived.remove(job_id) and not was_shredded:
                 raise
         else:
             await self._archived.remove(job_id)

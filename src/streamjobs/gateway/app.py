@@ -57,7 +57,7 @@ class Gateway:
         self.hub = Hub(store, settings)
         self._sweeper = Sweeper(store)
         self._sweeping: asyncio.Task[None] | None = None
-        archive = Archive.of(settings.archive_url, settings.archive_timeout)
+        archive = Archive.of(settings.archive_url, settings.archive_timeout, store.vault)
         archived = Archived(archive, settings, store.snapshots.caps)
         probes = Probes(store, self.hub, settings.ready_timeout).routes()
         access = Access(store, self.hub, archived, settings)

@@ -23,6 +23,7 @@ Rule 3: a stream that begins with the view of a long job is zstd where the clien
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,7 +38,16 @@ from streamjobs import metrics
 from streamjobs.archive import line_of
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
-from streamjobs.errors import CursorNotFound, Invalid, JobNotFound, StoreUnavailable, StreamjobsError
+from streamjobs.errors import (
+    CursorNotFound,
+    DamagedCiphertext,
+    EncryptionKeyMissing,
+    Invalid,
+    JobNotFound,
+    Shredded,
+    StoreUnavailable,
+    StreamjobsError,
+)
 from streamjobs.events import encode_json
 from streamjobs.gateway import sse
 from streamjobs.gateway.access import PROOF, Access
@@ -118,6 +128,8 @@ class Events:
         if end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
             return
+        if end is not None:
+            await self._require_readable(asked.job_id)
         coding = self._coding(asked, record)
         headers = [*sse.HEADERS, *(HEADERS if isinstance(coding, Zstd) else ())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -133,6 +145,18 @@ class Events:
             return self._hub.open(asked.job_id, asked.cursor, record, abort_of(scope), asked.manner)
         channel, settings = self._hub.channel(asked.job_id, record), self._hub.settings
         return UnprovenViewer(channel, asked.cursor, settings, abort_of(scope), asked.manner, prove)
+
+    async def _require_readable(self, job_id: str) -> None:
+        """Raise `Shredded` of an ended job; a stream that says so would be opened again and again."""
+        vault = self._hub.store.vault
+        if vault is None:
+            return
+        try:
+            with contextlib.suppress(StoreUnavailable, EncryptionKeyMissing, DamagedCiphertext):
+                await vault.current(job_id)
+        except Shredded:
+            metrics.STREAMS_OPENED.labels("refused").inc()
+            raise
 
     async def _from_archive(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -157,6 +181,8 @@ class Events:
         headers = {"Cache-Control": "no-store"}
         try:
             page = await self._read(asked.job_id, cursor, limit)
+        except Shredded:
+            raise
         except JobNotFound:
             page = await self._archived.page(asked.job_id, cursor, limit)
             headers |= ARCHIVED
@@ -174,6 +200,8 @@ class Events:
         cursor = asked.cursor or START
         try:
             page = await self._read(asked.job_id, cursor, self._hub.settings.page_events)
+        except Shredded:
+            raise
         except JobNotFound:
             await self._archived.ndjson(asked.job_id, cursor, send)
             return

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.effects import Ledger
-from streamjobs.errors import JobNotFound
+from streamjobs.errors import JobNotFound, Shredded
 from streamjobs.events import JobLog, decode_event
 from streamjobs.gateway.answers import Headers, answer, etag, viewed
 from streamjobs.gateway.archived import HEADERS as ARCHIVED
@@ -136,6 +136,8 @@ class LookRoutes:
         try:
             record = await self._waited(request, await self._store.jobs.get(job_id))
             snapshot = await self._hub.snapshots.latest(job_id, at_least=record.last)
+        except Shredded:
+            raise
         except JobNotFound:
             snapshot, headers = await self._archived.snapshot(job_id), ARCHIVED
         result = _result_of(msgspec.json.decode(snapshot.view))

@@ -45,7 +45,7 @@ class RetentionProjection:
         self._policies = parse_policies(settings.retention_policies)
         is_sealed = "snapshot" in settings.projections
         self._default = settings.retention_sealed if is_sealed else settings.retention
-        self._archive = Archive.of(settings.archive_url, settings.archive_timeout)
+        self._archive = Archive.of(settings.archive_url, settings.archive_timeout, store.vault)
         self._shortest = shortest
         self._closed_until = 0.0
         self._looks_again = 0.0

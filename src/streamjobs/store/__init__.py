@@ -32,6 +32,7 @@ from streamjobs.store.snapshots import Sealed, Snapshots, Stored
 from streamjobs.store.stats import Counted, Stats, Step, Totals
 from streamjobs.store.strikes import Strike, Strikes
 from streamjobs.store.ticks import Ticks
+from streamjobs.store.vault import Rotated, Vault, require_no_vault
 from streamjobs.store.webhooks import WebhookRecord, Webhooks
 from streamjobs.store.work import Answer, Batch, Lease, Outcome, Renewal, Sweep, Taken, Work
 from streamjobs.store.workers import WorkerInfo, Workers
@@ -80,6 +81,7 @@ __all__ = [
     "Receipt",
     "Renewal",
     "Retention",
+    "Rotated",
     "ScheduleRecord",
     "Schedules",
     "Sealed",
@@ -97,6 +99,7 @@ __all__ = [
     "Ticks",
     "Totals",
     "Undelivered",
+    "Vault",
     "WebhookRecord",
     "Webhooks",
     "Work",
@@ -117,40 +120,42 @@ class Store:
         self._subscriber = subscriber_client(settings)
         self._blocking: list[Redis] = []
         scripts = self.scripts = Scripts(client, Limits.of(settings), plain=plain)
-        self.log = Log(client, scripts)
-        self.snapshots = Snapshots(scripts, self.log, settings)
-        self.jobs = Jobs(client, scripts, settings)
-        self.work = Work(client, scripts, settings)
-        self.artifacts = Artifacts(client, scripts, settings)
+        self.vault = vault = Vault.of(client, scripts, settings)
+        self.log = Log(client, scripts, vault)
+        self.snapshots = Snapshots(scripts, self.log, settings, vault)
+        self.jobs = Jobs(client, scripts, settings, vault)
+        self.work = Work(client, scripts, settings, vault)
+        self.artifacts = Artifacts(client, scripts, settings, vault)
         self.permits = Permits(scripts, settings)
         self.strikes = Strikes(client, scripts, settings)
-        self.dead = Dead(client, self.log, settings)
+        self.dead = Dead(client, self.log, settings, vault)
         self.queues = Queues(client, settings)
         self.workers = Workers(client, settings)
-        self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms)
+        self.schedules = Schedules(client, scripts, settings, self.jobs, self.now_ms, vault)
         self.ticks = Ticks(self.schedules, self.jobs)
-        self.retention = Retention(client, scripts, plain=plain)
-        self.notices = Notices(client, scripts, settings)
+        self.retention = Retention(client, scripts, plain=plain, vault=vault)
+        self.notices = Notices(client, scripts, settings, vault)
         self.webhooks = Webhooks(client, scripts, settings)
         self.deliveries = Deliveries(client, scripts, settings)
         self.feed = Feed(client, scripts, settings)
-        self.owners = Owners(client, settings)
+        self.owners = Owners(client, settings, vault)
         self.index = Index(client, scripts, settings)
         self.stats = Stats(client, scripts, settings)
         self.api_keys = ApiKeys(client, self.now_ms)
-        self.live = Live(self._subscriber, settings.partitions)
+        self.live = Live(self._subscriber, settings.partitions, vault)
 
     @classmethod
     async def open(cls, settings: Settings) -> Store:
         """Connect and check that this store fits the settings.
 
-        Raises `StoreUnavailable`, `ConfigError` where the store was created with another partition count or
-        Redis may evict keys.
+        Raises `StoreUnavailable`, `ConfigError` where the store was created with another partition count,
+        Redis may evict keys, or jobs are encrypted and there is no key; `EncryptionKeyMissing` for one.
         """
         client: Any = rw_client(settings)
         try:
             store = cls(settings, client, plain=await is_plain(client))
             await store._check_meta()
+            await (require_no_vault(client) if store.vault is None else store.vault.open())
             if not store.is_plain:
                 await store._check_eviction()
         except BaseException:

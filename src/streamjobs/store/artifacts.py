@@ -12,18 +12,25 @@ from typing import Any
 from redis.asyncio import Redis
 
 from streamjobs.config import Settings
-from streamjobs.errors import ArtifactNotFound, Fenced, Invalid, JobNotFound, LimitExceeded
+from streamjobs.encryption import MAGIC, OVERHEAD
+from streamjobs.errors import ArtifactNotFound, Fenced, Invalid, JobNotFound, LimitExceeded, Shredded
 from streamjobs.store import keys
 from streamjobs.store.scripts import Scripts, text, translated
+from streamjobs.store.vault import Vault
 
 _NAME = re.compile(r"[A-Za-z0-9._:@#=-]{1,200}", re.ASCII)
+_SEALED = "\0"
+"""What a media type begins with in Redis where the content is encrypted: none that is given can."""
 _MEDIA_TYPE = re.compile(r"[ -~]{1,200}", re.ASCII)
 
 
 class Artifacts:
     """Stores and reads the artifacts of jobs."""
 
-    def __init__(self, client: Redis, scripts: Scripts, settings: Settings) -> None:
+    def __init__(
+        self, client: Redis, scripts: Scripts, settings: Settings, vault: Vault | None = None
+    ) -> None:
+        self._vault = vault
         self._client: Any = client
         self._scripts = scripts
         self._max_one = settings.max_artifact
@@ -42,7 +49,10 @@ class Artifacts:
         if len(data) > self._max_one:
             raise _over_limit("one", self._max_one)
         partition = keys.partition_of_job(job_id)
-        limits = (self._max_one, self._max_all)
+        cipher = None if self._vault is None else await self._vault.ensure(job_id)
+        if cipher is not None:
+            data, media_type = cipher.seal_blob(data, _place(name)), _SEALED + media_type
+        limits = (self._max_one + (len(MAGIC) + OVERHEAD if cipher is not None else 0), self._max_all)
         answer = await self._scripts.call(
             Scripts.ARTIFACT, partition, job_id, epoch, name, media_type, data, *limits
         )
@@ -64,7 +74,7 @@ class Artifacts:
             with translated():
                 content, media_type = await self._client.hmget(key, [name, f"{name}/"])
             if content is not None:
-                return text(media_type), content
+                return await self._opened(job_id, name, text(media_type), content)
         await self._require_job(job_id)
         raise ArtifactNotFound("the job has no artifact of that name")
 
@@ -83,13 +93,30 @@ class Artifacts:
             async with self._client.pipeline(transaction=False) as pipe:
                 for name in names:
                     pipe.hstrlen(key, name)
-                sizes: list[int] = await pipe.execute()
-        return dict(zip(names, sizes, strict=True))
+                pipe.hmget(key, [f"{name}/" for name in names])
+                *sizes, media_types = await pipe.execute()
+        return {
+            name: size - (len(MAGIC) + OVERHEAD if text(media_type or b"").startswith(_SEALED) else 0)
+            for name, size, media_type in zip(names, sizes, media_types, strict=True)
+        }
+
+    async def _opened(self, job_id: str, name: str, media_type: str, content: bytes) -> tuple[str, bytes]:
+        """An artifact as it was stored. What is encrypted says so beside its media type."""
+        if not media_type.startswith(_SEALED):
+            return media_type, content
+        cipher = None if self._vault is None else await self._vault.current(job_id)
+        if cipher is None:
+            raise Shredded("the job's data key is gone")
+        return media_type.removeprefix(_SEALED), cipher.open_blob(content, _place(name))
 
     async def _require_job(self, job_id: str) -> None:
         with translated():
             if not await self._client.exists(keys.job_key(job_id)):
                 raise JobNotFound("no such job")
+
+
+def _place(name: str) -> bytes:
+    return b"artifact\0" + name.encode()
 
 
 def _key(job_id: str) -> str:

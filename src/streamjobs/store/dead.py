@@ -14,11 +14,12 @@ import msgspec
 from redis.asyncio import Redis
 
 from streamjobs.config import Settings
-from streamjobs.errors import Invalid, InvalidCursor, JobNotFound
+from streamjobs.errors import Invalid, InvalidCursor, JobNotFound, Shredded
 from streamjobs.events import JobFailed, decode_event
 from streamjobs.store import keys
 from streamjobs.store.log import Log
 from streamjobs.store.scripts import text, translated
+from streamjobs.store.vault import Vault
 
 _CHUNK = 200
 _SCAN = 5000
@@ -61,9 +62,10 @@ class DeadFilter(msgspec.Struct, frozen=True, kw_only=True):
 class Dead:
     """Reads the dead lists of all partitions as one."""
 
-    def __init__(self, client: Redis, log: Log, settings: Settings) -> None:
+    def __init__(self, client: Redis, log: Log, settings: Settings, vault: Vault | None = None) -> None:
         self._client: Any = client
         self._log = log
+        self._vault = vault
         self._settings = settings
 
     async def page(
@@ -139,9 +141,19 @@ class Dead:
                     pipe.xrevrange(f"{keys.job_key(job_id)}:events", count=1)
                 logs: list[list[Any]] = await pipe.execute() if job_ids else []
         return {
-            job_id: _message(text(log[0][1][b"t"]), log[0][1][b"d"]) if log else await self._sealed(job_id)
+            job_id: await self._unsealed(job_id, log[0][1]) if log else await self._sealed(job_id)
             for job_id, log in zip(job_ids, logs, strict=True)
         }
+
+    async def _unsealed(self, job_id: str, entry: dict[bytes, bytes]) -> str:
+        """The same of a log in its stream; empty where it is shredded."""
+        kind, content = text(entry[b"t"]), entry[b"d"]
+        if self._vault is not None:
+            try:
+                content = await self._vault.decrypted(job_id, kind, content)
+            except Shredded:
+                return ""
+        return _message(kind, content)
 
     async def _sealed(self, job_id: str) -> str:
         """The same of a log that has left its stream, or of a job that is gone."""

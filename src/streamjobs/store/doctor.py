@@ -15,7 +15,14 @@ import msgspec
 
 from streamjobs import events as ev
 from streamjobs.cursor import START
-from streamjobs.errors import Invalid, JobNotFound, StoreUnavailable, StreamjobsError
+from streamjobs.errors import (
+    DamagedCiphertext,
+    EncryptionKeyMissing,
+    Invalid,
+    JobNotFound,
+    StoreUnavailable,
+    StreamjobsError,
+)
 from streamjobs.job import Fold
 from streamjobs.segments import DamagedSegment, parse_index
 from streamjobs.store import Store, keys
@@ -27,6 +34,7 @@ CHECKS: dict[str, str] = {
     "known_keys": "every key is declared, of its type, and expires where it must",
     "dense_log": "seqs are 1, 2, 3 … without gap or repetition, and end where the job's head says",
     "sealed_history": "what has left the stream is in segments, and the snapshot is what they fold to",
+    "readable": "what is encrypted opens with the keys that there are",
     "one_end": "nothing after the terminal event, exactly one where the job has ended",
     "lifecycle": "every event may follow the one before, and folding them gives the job's status",
     "one_writer": "what a worker writes carries the epoch of the latest lease",
@@ -194,6 +202,8 @@ class Doctor:
             wrong = await self._check_snapshot(head, entries) if head.fields.get("snap") else []
         except DamagedSegment as error:
             return [], [("sealed_history", str(error))]
+        except (DamagedCiphertext, EncryptionKeyMissing) as error:
+            return [], [("readable", str(error))]
         return entries, check_log(head, entries) + wrong
 
     async def _log(self, head: Head) -> list[Entry]:

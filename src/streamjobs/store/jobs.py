@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
 
+from streamjobs import confidential
 from streamjobs.config import Settings
 from streamjobs.cursor import Cursor
+from streamjobs.encryption import Cipher
 from streamjobs.errors import (
     IdempotencyMismatch,
     Invalid,
@@ -39,10 +41,13 @@ from streamjobs.store import keys
 from streamjobs.store.dead import Dead, DeadFilter
 from streamjobs.store.log import Log, stored_cursor
 from streamjobs.store.scripts import Scripts, flatten, ms, text, translated
+from streamjobs.store.vault import Vault
 
 _OWNER = re.compile(r"[A-Za-z0-9._@:+/=-]{1,128}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _BATCH = 500
+_EVENT = 12
+"""The place of `job.queued` in a row of submit."""
 _HEAD = ("status", "owner", "kind", "queue", "last", "cancel", "created", "ended", "archived")
 
 
@@ -122,12 +127,15 @@ class JobRecord(NamedTuple):
 class Jobs:
     """Submits jobs and acts on them from outside."""
 
-    def __init__(self, client: Redis, scripts: Scripts, settings: Settings) -> None:
+    def __init__(
+        self, client: Redis, scripts: Scripts, settings: Settings, vault: Vault | None = None
+    ) -> None:
         self._client: Any = client
         self._scripts = scripts
         self._settings = settings
-        self._log = Log(client, scripts)
-        self._dead = Dead(client, self._log, settings)
+        self._vault = vault
+        self._log = Log(client, scripts, vault)
+        self._dead = Dead(client, self._log, settings, vault)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Submit one job.
@@ -148,19 +156,22 @@ class Jobs:
 
         Where one is refused, those of its call that were accepted stay: with keys, all may be sent again.
         """
-        rows = [self._row(submission) for submission in submissions]
+        own = None if self._vault is None else await self._vault.own()
+        rows = [self._row(submission, own) for submission in submissions]
         receipts: list[Receipt | None] = [None] * len(rows)
         for partition, indexes in _by_partition(rows).items():
             for start in range(0, len(indexes), _BATCH):
                 part = indexes[start : start + _BATCH]
+                arguments = [rows[i][1] for i in part]
+                records = [] if self._vault is None else list(_encrypted(self._vault, arguments))
                 answers = await self._scripts.call(
-                    Scripts.SUBMIT, partition, len(part), *flatten(rows[i][1] for i in part)
+                    Scripts.SUBMIT, partition, len(part), *flatten(arguments), *records
                 )
                 for i, answer in zip(part, answers, strict=True):
                     receipts[i] = _receipt(answer)
         return [receipt for receipt in receipts if receipt is not None]
 
-    def _row(self, sub: Submission) -> tuple[int, list[str | bytes | int]]:
+    def _row(self, sub: Submission, own: Cipher | None = None) -> tuple[int, list[str | bytes | int]]:
         self._check(sub)
         partition = keys.partition_of_owner(sub.owner, self._settings.partitions)
         timeout = self._settings.job_timeout if sub.timeout is None else sub.timeout
@@ -179,7 +190,7 @@ class Jobs:
             ms(timeout),
             keys.scoped_digest(sub.owner, sub.concurrency_key) if sub.concurrency_key else "",
             keys.scoped_digest(sub.owner, sub.idempotency_key) if sub.idempotency_key else "",
-            hashlib.blake2b(sub.body or event, digest_size=16).hexdigest() if sub.idempotency_key else "",
+            _body_digest(sub.body or event, own) if sub.idempotency_key else "",
             sub.parent,
             event,
             sub.tick.guard() if sub.tick else "",
@@ -228,11 +239,15 @@ class Jobs:
     ) -> bool:
         """Send a live job a value; False where `key` was used before, and nothing was done.
 
-        Raises `JobNotFound`, `JobEnded`, `LimitExceeded`, `Invalid` where the payload is not JSON.
+        Raises `JobNotFound`, `JobEnded`, `LimitExceeded`, `Shredded`, `Invalid` for what is not JSON.
         """
         key = key or secrets.token_hex(8)
         fields: dict[str, Json] = {"name": name, "payload": payload, "key": key} | ({"by": by} if by else {})
-        answer = await self._act(Scripts.SIGNAL, job_id, key, _fields(**fields))
+        given = _fields(**fields)
+        if self._vault is not None:
+            cipher = await self._vault.ensure(job_id)
+            given = given if cipher is None else confidential.encrypt_fields(cipher, "signal.received", given)
+        answer = await self._act(Scripts.SIGNAL, job_id, key, given)
         if answer[0] == "already":
             raise JobEnded(f"the job has already {answer[1]}", state=answer[1])
         if answer[0] == "limit":
@@ -371,6 +386,22 @@ def _again(job_id: str, queued: JobQueued, new_id: str, by: str) -> Submission:
         rerun_of=job_id,
         rerun_by=by,
     )
+
+
+def _body_digest(body: bytes, own: Cipher | None) -> str:
+    """What a repeated submission is compared by."""
+    return hashlib.blake2b(body, digest_size=16).hexdigest() if own is None else own.digest(body)
+
+
+def _encrypted(vault: Vault, rows: list[list[str | bytes | int]]) -> Iterator[str]:
+    """Encrypt what is submitted, in its row, under new data keys; the record of each."""
+    for row in rows:
+        made = vault.new(str(row[0]))
+        if made is not None:
+            event = row[_EVENT]
+            assert isinstance(event, bytes)
+            row[_EVENT] = confidential.encrypt(made[1], "job.queued", event)
+        yield made[0] if made is not None else ""
 
 
 def _one_line_json(text: bytes) -> bytes:

@@ -47,6 +47,9 @@ KEYS: tuple[Key, ...] = (
     _key("job:<job>:children", "set", "job", "jobs it spawned"),
     _key("job:<job>:seen", "set", "job", "dedupe keys of signals, pauses and resumes"),
     _key("job:<job>:artifacts", "hash", "job", "what it made: name -> content, name/ -> media type"),
+    _key(
+        "job:<job>:datakey", "string", "job", "its data key, wrapped; of an archived job it outlives the job"
+    ),
     _key("idem:<any>", "string", "job", "digest of (owner, Idempotency-Key) -> job id and body digest"),
     _key("ckey:<any>", "string", "live", "digest of (owner, concurrency_key) -> the job that holds it"),
     _key("work:<any>", "stream", "live", "tickets of one queue and class; group `workers`"),
@@ -110,6 +113,9 @@ HEAD = KEYS[0]
 META = "sj:meta"
 """Hash: what a store was created with (partitions, format). One a store."""
 
+META_DATA_KEY = "datakey"
+"""Its field with the data key of what belongs to no job, wrapped. It is there where jobs are encrypted."""
+
 FIELDS: dict[str, str] = {
     "owner": "whose job it is",
     "kind": "workflow",
@@ -160,6 +166,7 @@ FIELDS: dict[str, str] = {
     "sealed": "id of the last event that is in a segment; those above are in the stream",
     "snap": "id of the event at which the stored snapshot stands: none, or the same",
     "archived": "set once its file is in the archive",
+    "datakey": "set if it has a data key, also after that was deleted",
     "stats": "how far its log is counted, see stats.lua",
 }
 """Fields of a job's hash, all optional but the first few."""

@@ -26,9 +26,11 @@ import structlog
 from redis import exceptions
 from redis.asyncio import Redis
 
-from streamjobs.errors import StoreUnavailable
+from streamjobs.encryption import Cipher, has_envelope
+from streamjobs.errors import Shredded, StoreUnavailable, StreamjobsError
 from streamjobs.store import keys
 from streamjobs.store.log import Entry, parse_live
+from streamjobs.store.vault import Vault
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +78,9 @@ class _Channel:
         except ValueError:
             log.warning("live.foreign_message", bytes=len(payload))
             return
+        except StreamjobsError:
+            self._tell(lambda listener: listener.on_gap())  # the log has it, and says what is wrong
+            return
         self._tell(lambda listener: listener.on_entries(entries))
 
     def _tell(self, what: Callable[[Listener], None]) -> None:
@@ -89,8 +94,9 @@ class _Channel:
 class Live:
     """Subscriptions of this process over one connection. `connected` says whether it stands."""
 
-    def __init__(self, client: Redis, partitions: int = 1) -> None:
+    def __init__(self, client: Redis, partitions: int = 1, vault: Vault | None = None) -> None:
         self._client: Any = client
+        self._vault = vault
         self._partitions = partitions
         self._channels: dict[str, _Channel] = {}
         self._told: set[str] = set()
@@ -122,7 +128,10 @@ class Live:
         Raises `StoreUnavailable` when Redis does not confirm in time; the listener stays and is told
         `on_gap` once the connection stands. A cancelled call leaves no listener.
         """
-        await self._subscribe(keys.live_channel(job_id), listener, parse_live)
+        if self._vault is None:
+            await self._subscribe(keys.live_channel(job_id), listener, parse_live)
+            return
+        await self._subscribe(keys.live_channel(job_id), listener, _Decrypting(self._vault, job_id))
 
     async def unsubscribe(self, job_id: str, listener: Listener) -> None:
         """Stop hearing of a job's events; those of a call that still waits for Redis too."""
@@ -294,6 +303,25 @@ class Live:
         channel = self._channels.get(name)
         if channel is not None and name in self._told:
             channel.confirm()
+
+
+class _Decrypting:
+    """Parses what a job publishes, with its data key, which reading the log has brought here."""
+
+    def __init__(self, vault: Vault, job_id: str) -> None:
+        self._vault = vault
+        self._job_id = job_id
+        self._cipher: Cipher | None = None
+
+    def __call__(self, payload: bytes) -> list[Entry]:
+        """Raises `Shredded` where the data key is not known here, `DamagedCiphertext`."""
+        entries = parse_live(payload)
+        if not has_envelope(payload):
+            return entries
+        self._cipher = self._vault.known(self._job_id) or self._cipher
+        if self._cipher is None:
+            raise Shredded("the job's data key is not known here")
+        return self._vault.decrypt(self._cipher, entries)
 
 
 def _nothing(_payload: bytes) -> list[Entry]:

@@ -3,7 +3,8 @@
 Rule 1: a page says whether its cursor is in the log; a reader whose cursor is not there starts over.
 Rule 2: no read is unbounded; the whole log is read page by page.
 Rule 3: what is sealed and what is in the stream read as one log; a cursor inside a segment is checked there.
-Rule 4: segments that were read last are kept decoded, `KEPT_BYTES` in all: many who replay one job cost one.
+Rule 4: what is encrypted is decrypted here, with the data key that the same answer brought.
+Rule 5: segments that were read last are kept decoded, `KEPT_BYTES` in all: many who replay one job cost one.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from redis.asyncio import Redis
 
 from streamjobs import segments
 from streamjobs.cursor import START, Cursor
+from streamjobs.encryption import Cipher
 from streamjobs.errors import JobNotFound
 from streamjobs.segments import DamagedSegment, Entry
 from streamjobs.store import keys
 from streamjobs.store.scripts import Scripts, text, translated
+from streamjobs.store.vault import SHREDDED, Vault
 
 PAGE_EVENTS = 500
 PAGE_BYTES = 256 * 1024
 KEPT_BYTES = 2 * 1024 * 1024
 START_TEXT = str(START)
+_RECORD = 9
+"""The place of a data key's record in what the read script answers."""
 _ENTRY_BYTES = 250
 """What an entry takes in this process beside its content."""
 
@@ -54,9 +59,10 @@ class Reading(NamedTuple):
 class Log:
     """Reads logs of jobs."""
 
-    def __init__(self, client: Redis, scripts: Scripts) -> None:
+    def __init__(self, client: Redis, scripts: Scripts, vault: Vault | None = None) -> None:
         self._client: Any = client
         self._scripts = scripts
+        self._vault = vault
         self._decoded = _Decoded()
 
     async def page(
@@ -64,20 +70,21 @@ class Log:
     ) -> Page:
         """Read what follows `after`: at most `limit` events (500 at most), about `max_bytes` of content.
 
-        Raises `JobNotFound`.
+        Raises `JobNotFound`; where jobs are encrypted also `Shredded`, `EncryptionKeyMissing` and
+        `DamagedCiphertext`, as all that read here.
         """
         limit = max(1, min(limit, PAGE_EVENTS))
         held = self._decoded.holding(job_id, after)
-        status, last, found, rows, line, blob, *_ = await self._read(
-            job_id, str(after), limit, max_bytes, held.line
-        )
-        entries = [_entry(row) for row in rows]
+        reply = await self._read(job_id, str(after), limit, max_bytes, held.line)
+        status, last, found, rows, line, blob, *_ = reply
         if line:
             # what is held may have left the kept ones while the script was asked
-            entries = self._decoded.entries(job_id, text(line), blob) if blob else held.entries
+            entries = self._segment(job_id, text(line), blob, reply) if blob else held.entries
             first = after.seq + 1 - entries[0].cursor.seq
             found = found == 1 or entries[first - 1].cursor == after
             entries = _bounded(entries[first:], limit, max_bytes) if found else []
+        else:
+            entries = self._entries(job_id, rows, reply)
         return Page(bool(found), text(status), stored_cursor(last), entries)
 
     async def from_snapshot(self, job_id: str) -> Reading:
@@ -86,26 +93,49 @@ class Log:
         Raises `JobNotFound`.
         """
         reply = await self._read(job_id, "snap", PAGE_EVENTS, PAGE_BYTES)
-        status, last, _, rows, line, blob, sealed, snap, snapshot = reply
-        entries = [_entry(row) for row in rows]
+        status, last, _, rows, line, blob, sealed, snap, snapshot, *_ = reply
         if line:
-            entries = _bounded(self._decoded.entries(job_id, text(line), blob), PAGE_EVENTS, PAGE_BYTES)
+            entries = _bounded(self._segment(job_id, text(line), blob, reply), PAGE_EVENTS, PAGE_BYTES)
+        else:
+            entries = self._entries(job_id, rows, reply)
+        if snapshot:
+            snapshot = _opened(self._cipher(job_id, reply), snapshot, snapshot_place(text(snap)))
         page = Page(True, text(status), stored_cursor(last), entries)
         return Reading(page, stored_cursor(sealed or START_TEXT), stored_cursor(snap or START_TEXT), snapshot)
 
     async def last(self, job_id: str) -> Entry:
         """The log's last event. Raises `JobNotFound`."""
-        _, last, _, rows, line, blob, *_ = await self._read(job_id, "last", 1, 0)
-        entries = self._decoded.entries(job_id, text(line), blob) if line else [_entry(row) for row in rows]
+        reply = await self._read(job_id, "last", 1, 0)
+        _, last, _, rows, line, blob, *_ = reply
+        if line:
+            entries = self._segment(job_id, text(line), blob, reply)
+        else:
+            entries = self._entries(job_id, rows, reply)
         if not entries or entries[-1].cursor != stored_cursor(last):
             raise DamagedSegment(f"the log does not end at {text(last)}")
         return entries[-1]
 
     async def _read(self, job_id: str, *arguments: str | int) -> list[Any]:
+        if self._vault is not None:
+            arguments = (*arguments, *("",) * (4 - len(arguments)), 1)
         reply: list[Any] = await self._scripts.read(keys.job_key(job_id), *arguments)
         if not reply:
             raise JobNotFound("no such job")
+        if self._vault is not None and text(reply[_RECORD]) == SHREDDED:
+            self._decoded.forget(job_id)
+        self._cipher(job_id, reply)
         return reply
+
+    def _cipher(self, job_id: str, reply: list[Any]) -> Cipher | None:
+        """What the job's data key, as the reply brought it, opens with; None where it has none."""
+        return None if self._vault is None else self._vault.cipher(job_id, reply[_RECORD])
+
+    def _entries(self, job_id: str, rows: list[list[bytes]], reply: list[Any]) -> list[Entry]:
+        entries = [_entry(row) for row in rows]
+        return entries if self._vault is None else self._vault.decrypt(self._cipher(job_id, reply), entries)
+
+    def _segment(self, job_id: str, line: str, blob: bytes, reply: list[Any]) -> list[Entry]:
+        return self._decoded.entries(job_id, line, blob, self._cipher(job_id, reply))
 
     async def pages(self, job_id: str, after: Cursor = START) -> AsyncIterator[Page]:
         """Read from `after` to the end, page by page; the first page comes even when it is empty."""
@@ -162,11 +192,17 @@ class _Decoded:
                 return _Held(line, entries)
         return _Held("", [])
 
-    def entries(self, job_id: str, line: str, blob: bytes) -> list[Entry]:
+    def forget(self, job_id: str) -> None:
+        """Let go of a job's, which nobody may read any more."""
+        for job, line in list(self._kept):
+            if job == job_id:
+                self._bytes -= _cost(self._kept.pop((job, line)))
+
+    def entries(self, job_id: str, line: str, blob: bytes, cipher: Cipher | None) -> list[Entry]:
         """The entries of a segment, which must be what the index says."""
         kept = self._kept.pop((job_id, line), None)
         if kept is None:
-            kept = segments.decode(blob)
+            kept = segments.decode(_opened(cipher, blob, segment_place(line)))
             if not kept or str(segments.describe(kept)) != line:
                 raise DamagedSegment(f"a segment of {job_id} is not what its index says: {line}")
             self._bytes += _cost(kept)
@@ -174,6 +210,20 @@ class _Decoded:
         while self._bytes > KEPT_BYTES and len(self._kept) > 1:
             self._bytes -= _cost(self._kept.pop(next(iter(self._kept))))
         return kept
+
+
+def _opened(cipher: Cipher | None, blob: bytes, place: bytes) -> bytes:
+    return blob if cipher is None else cipher.open_blob(blob, place)
+
+
+def segment_place(line: str) -> bytes:
+    """Where a segment opens: its own line of the index, which says what it holds."""
+    return b"segment\0" + line.encode()
+
+
+def snapshot_place(cursor: str) -> bytes:
+    """Where a snapshot opens: the event at which it stands."""
+    return b"snapshot\0" + cursor.encode()
 
 
 def _cost(entries: list[Entry]) -> int:

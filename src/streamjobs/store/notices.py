@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
+from streamjobs import confidential
+from streamjobs.confidential import NOTICE
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor
+from streamjobs.encryption import Cipher, has_envelope
 from streamjobs.errors import Invalid, InvalidCursor, JobNotFound
 from streamjobs.store import keys
 from streamjobs.store.deliveries import DELIVERY_TTL, TRIES
 from streamjobs.store.log import stored_cursor
 from streamjobs.store.scripts import Scripts, ms, text, translated
+from streamjobs.store.vault import Vault
 
 _ID = re.compile(r"[1-9]\d{0,14}", re.ASCII)
 MAX_MARKED = 1000
@@ -70,7 +74,10 @@ class Notice(msgspec.Struct, frozen=True):
 class Notices:
     """Writes and reads the notices of owners."""
 
-    def __init__(self, client: Redis, scripts: Scripts, settings: Settings) -> None:
+    def __init__(
+        self, client: Redis, scripts: Scripts, settings: Settings, vault: Vault | None = None
+    ) -> None:
+        self._vault = vault
         self._client: Any = client
         self._scripts = scripts
         self._settings = settings
@@ -97,6 +104,8 @@ class Notices:
         Raises `JobNotFound`, `StoreFull`, `StoreUnavailable`.
         """
         rows = [(str(one.cursor), one.type, one.content) for one in news]
+        if self._vault is not None and rows and (cipher := await self._vault.ensure(job_id)) is not None:
+            rows = [(at, kind, confidential.encrypt(cipher, NOTICE, said)) for at, kind, said in rows]
         answer = await self._scripts.call(
             Scripts.NOTIFY,
             keys.partition_of_job(job_id),
@@ -129,6 +138,8 @@ class Notices:
             raise InvalidCursor("a cursor of notices is a notice's id")
         limit = max(1, min(limit, 500))
         found = await (self._unread if unread else self._all)(owner, before, limit)
+        if self._vault is not None:
+            found = await self._opened(self._vault, found)
         return found, found[-1].id if len(found) == limit else ""
 
     async def unread(self, owner: str) -> int:
@@ -177,9 +188,23 @@ class Notices:
                 found: list[Any] = await pipe.execute() if ids else []
         return [_notice(rows[0][1], text(one), False) for one, rows in zip(ids, found, strict=True) if rows]
 
+    async def _opened(self, vault: Vault, notices: list[Notice]) -> list[Notice]:
+        """Notices as they were told; without their message where the job is shredded or gone."""
+        jobs = list(dict.fromkeys(one.job for one in notices if has_envelope(bytes(one.about))))
+        ciphers = dict(zip(jobs, await vault.current_of(jobs), strict=True))
+        return [_with_message(one, ciphers[one.job]) if one.job in ciphers else one for one in notices]
+
     def _key(self, what: str, owner: str) -> str:
         partition = keys.partition_of_owner(owner, self._settings.partitions)
         return f"{keys.prefix(partition)}{what}:{owner}"
+
+
+def _with_message(notice: Notice, cipher: Cipher | None) -> Notice:
+    about = bytes(notice.about)
+    said = (
+        confidential.without(NOTICE, about) if cipher is None else confidential.decrypt(cipher, NOTICE, about)
+    )
+    return msgspec.structs.replace(notice, about=msgspec.Raw(said))
 
 
 def _number(entry_id: bytes | str) -> str:

@@ -4,7 +4,7 @@ Rule 1: a position is believed only where it is in the feed; one that has left i
 expires) or was never there is said to be not found, and nothing is read from it.
 Rule 2: an entry of the stream holds what one call of a script wrote, a line `<job> <id> <type>[ <json>]` for
 each event; a position says how many of an entry's lines have been seen. Contents over `owner_feed_bytes` are
-left out.
+left out, as is what cannot be decrypted any more.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 from redis import exceptions
 from redis.asyncio import Redis
 
+from streamjobs import confidential
 from streamjobs.config import Settings
+from streamjobs.encryption import Cipher, has_envelope
 from streamjobs.segments import Entry
 from streamjobs.store import keys
 from streamjobs.store.log import stored_cursor
 from streamjobs.store.scripts import text, translated
+from streamjobs.store.vault import Vault
 
 _PAGE_ENTRIES = 20
 _PAGE_EVENTS = 500
@@ -65,8 +68,9 @@ class FeedPage(NamedTuple):
 class Owners:
     """The feeds of all owners."""
 
-    def __init__(self, client: Redis, settings: Settings) -> None:
+    def __init__(self, client: Redis, settings: Settings, vault: Vault | None = None) -> None:
         self._client: Any = client
+        self._vault = vault
         self._partitions = settings.partitions
 
     async def page(self, owner: str, after: Position) -> FeedPage:
@@ -84,7 +88,18 @@ class Owners:
         found = _is_whole(info[0]) if info else any(event.position == after for event in events)
         behind = _bounded([event for event in events if event.position > after]) if found else []
         is_last = len(rows) < _PAGE_ENTRIES and (not behind or behind[-1] is events[-1])
-        return FeedPage(found, behind, is_last)
+        return FeedPage(
+            found, behind if self._vault is None else await self._opened(self._vault, behind), is_last
+        )
+
+    async def _opened(self, vault: Vault, events: list[FeedEvent]) -> list[FeedEvent]:
+        """Events as they were written; without the content of those whose jobs are shredded or gone."""
+        sealed = list(dict.fromkeys(event.job_id for event in events if has_envelope(event.entry.data)))
+        if not sealed:
+            return events
+        ciphers = dict(zip(sealed, await vault.current_of(sealed), strict=True))
+        return [_with_content(event, ciphers[event.job_id]) if has_envelope(event.entry.data) else event
+                for event in events]  # fmt: skip
 
     async def end(self, owner: str) -> Position:
         """The position after everything there is. Raises `StoreUnavailable`."""
@@ -102,6 +117,12 @@ class Owners:
             owner: _events(rows[0])[-1].position if rows else START
             for owner, rows in zip(asked, newest, strict=True)
         }
+
+
+def _with_content(event: FeedEvent, cipher: Cipher | None) -> FeedEvent:
+    _, kind, data = event.entry
+    content = b"" if cipher is None else confidential.decrypt(cipher, kind, data)
+    return event._replace(entry=event.entry._replace(data=content))
 
 
 def _require_answer(reply: Any) -> None:

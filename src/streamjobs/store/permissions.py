@@ -21,8 +21,8 @@ KEYS = "sj:*"
 
 _KEYED = (
     "del", "exists", "get", "hdel", "hexists", "hget", "hgetall", "hincrby", "hkeys", "hlen", "hmget",
-    "hscan", "hset", "hsetnx", "hstrlen", "mget", "pexpire", "pexpireat", "pexpiretime", "pttl", "sadd",
-    "scard", "set", "sismember", "smembers", "srem", "type", "unlink", "xack", "xadd", "xautoclaim",
+    "hscan", "hset", "hsetnx", "hstrlen", "mget", "persist", "pexpire", "pexpireat", "pexpiretime", "pttl",
+    "sadd", "scard", "set", "sismember", "smembers", "srem", "type", "unlink", "xack", "xadd", "xautoclaim",
     "xgroup|create", "xgroup|delconsumer", "xgroup|setid", "xinfo|consumers", "xinfo|groups", "xinfo|stream",
     "xlen", "xpending", "xrange", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zmscore", "zrange",
     "zrangebyscore", "zrem", "zremrangebyrank", "zremrangebyscore", "zrevrange", "zrevrangebyscore", "zscore",

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from streamjobs.errors import JobNotEnded, JobNotFound
 from streamjobs.store import keys
 from streamjobs.store.scripts import Scripts, ms, text, translated
+from streamjobs.store.vault import Vault
 
 _FRESH = 60.0
 """Seconds after its end for which a job is not taken back."""
@@ -21,8 +22,9 @@ _FRESH = 60.0
 class Retention:
     """Sets and brings forward the end of what is kept."""
 
-    def __init__(self, client: Redis, scripts: Scripts, *, plain: bool) -> None:
+    def __init__(self, client: Redis, scripts: Scripts, *, plain: bool, vault: Vault | None = None) -> None:
         self._client: Any = client
+        self._vault = vault
         self._scripts = scripts
         self._plain = plain
 
@@ -37,8 +39,10 @@ class Retention:
         await self._act("keep", job_id, ms(seconds), archive)
 
     async def delete(self, job_id: str) -> None:
-        """Forget an ended job now. Raises `JobNotFound`, `JobNotEnded`."""
+        """Forget an ended job now, its data key too. Raises `JobNotFound`, `JobNotEnded`."""
         await self._act("delete", job_id)
+        if self._vault is not None:
+            self._vault.forget(job_id)
 
     async def fullness(self) -> float:
         """How much of Redis's memory limit is used, as a share; 0 without a limit."""

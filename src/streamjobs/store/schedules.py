@@ -15,6 +15,8 @@ import msgspec
 import structlog
 from redis.asyncio import Redis
 
+from streamjobs import confidential
+from streamjobs.confidential import SCHEDULE
 from streamjobs.config import Settings
 from streamjobs.errors import (
     IdempotencyMismatch,
@@ -29,6 +31,7 @@ from streamjobs.schedule import Schedule
 from streamjobs.store import keys
 from streamjobs.store.jobs import Jobs, Receipt, Submission, Tick
 from streamjobs.store.scripts import Script, Scripts, text, translated
+from streamjobs.store.vault import Vault
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +92,9 @@ class Schedules:
         settings: Settings,
         jobs: Jobs,
         clock: Callable[[], Awaitable[int]],
+        vault: Vault | None = None,
     ) -> None:
+        self._vault = vault
         self._client: Any = client
         self._scripts = scripts
         self._settings = settings
@@ -131,13 +136,14 @@ class Schedules:
             definition = encode_json(schedule)
         except UNENCODABLE as error:
             raise Invalid(f"the schedule cannot be stored as JSON: {error}") from error
+        definition, digest = await self._encrypted(schedule_id, definition)
         answer = await self._call(
             Scripts.SCHEDULE,
             what,
             schedule_id,
             schedule.owner,
             definition,
-            hashlib.blake2b(definition, digest_size=16).hexdigest(),
+            digest,
             schedule.overlap,
             app,
             schedule.timing.next_after(await self._clock()),
@@ -146,6 +152,22 @@ class Schedules:
         if answer == "limit":
             raise TooManySchedules(f"owner: has {MAX_SCHEDULES} schedules, no more are taken")
         return answer
+
+    async def _encrypted(self, schedule_id: str, definition: bytes) -> tuple[bytes, str]:
+        """A definition as it is stored, and what it is compared by."""
+        own = None if self._vault is None else await self._vault.own()
+        if own is None:
+            return definition, hashlib.blake2b(definition, digest_size=16).hexdigest()
+        digest = own.digest(definition)
+        return confidential.encrypt(own.of(schedule_id), SCHEDULE, definition), digest
+
+    async def _opened(self, schedule_id: str, fields: dict[str, str]) -> dict[str, str]:
+        """A schedule's fields with its definition as it was given."""
+        own = None if self._vault is None else await self._vault.own()
+        if own is None or "definition" not in fields:
+            return fields
+        definition = confidential.decrypt(own.of(schedule_id), SCHEDULE, fields["definition"].encode())
+        return fields | {"definition": definition.decode()}
 
     # --- look
 
@@ -159,7 +181,8 @@ class Schedules:
                 fields, due = await pipe.execute()
         if not fields:
             raise ScheduleNotFound("no such schedule")
-        return _record(schedule_id, {text(name): text(value) for name, value in fields.items()}, due)
+        known = {text(name): text(value) for name, value in fields.items()}
+        return _record(schedule_id, await self._opened(schedule_id, known), due)
 
     async def owner_of(self, schedule_id: str) -> str:
         """Whose schedule it is. Raises `ScheduleNotFound`."""

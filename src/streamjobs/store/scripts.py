@@ -48,6 +48,7 @@ class Limits(msgspec.Struct, frozen=True):
     owner_feed_bytes: int
     owner_feed_ttl: int
     inline_bytes: int
+    encrypts: bool | msgspec.UnsetType = msgspec.UNSET
     scan: int = 2000
     publish: str = "PUBLISH"
 
@@ -76,6 +77,7 @@ class Limits(msgspec.Struct, frozen=True):
             owner_feed_bytes=settings.owner_feed_bytes,
             owner_feed_ttl=ms(settings.owner_feed_ttl),
             inline_bytes=settings.inline_bytes,
+            encrypts=True if settings.encryption_keys or settings.encryption_keys_file else msgspec.UNSET,
         )
 
 
@@ -138,6 +140,7 @@ class Scripts:
     STATS: ClassVar = Script("stats", "allow-oom")
     INSPECT: ClassVar = Script("inspect", "no-writes")
     ALLOWED: ClassVar = Script("allowed", "no-writes", shared=False)
+    DATAKEY: ClassVar = Script("datakey", "allow-oom")
     SEAL: ClassVar = Script("seal", "allow-oom")
     READ: ClassVar = Script("read", "no-writes", shared=False)
 

@@ -7,6 +7,7 @@ Rule 3: a log of few events has no snapshot. Folding it costs less than keeping 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import structlog
@@ -14,12 +15,14 @@ import structlog
 from streamjobs import segments
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor
+from streamjobs.encryption import Cipher
 from streamjobs.errors import StreamjobsError
 from streamjobs.job import Caps, Fold, UnknownState
 from streamjobs.segments import DamagedSegment, Entry
 from streamjobs.store import keys
-from streamjobs.store.log import Log, Page, stored_cursor
+from streamjobs.store.log import Log, Page, segment_place, snapshot_place, stored_cursor
 from streamjobs.store.scripts import Scripts, flatten, text
+from streamjobs.store.vault import Vault
 
 log = structlog.get_logger(__name__)
 
@@ -43,8 +46,9 @@ class Stored(NamedTuple):
 class Snapshots:
     """Reads and writes snapshots and segments."""
 
-    def __init__(self, scripts: Scripts, log: Log, settings: Settings) -> None:
+    def __init__(self, scripts: Scripts, log: Log, settings: Settings, vault: Vault | None = None) -> None:
         self._scripts = scripts
+        self._vault = vault
         self._log = log
         self._min_events = settings.snapshot_min_events
         self.caps = Caps(
@@ -83,10 +87,14 @@ class Snapshots:
         if not entries:
             return None
         state = fold.state() if known.snap != START or fold.cursor.seq > self._min_events else b""
-        rows = [(str(segments.describe(part)), segments.encode(part)) for part in segments.split(entries)]
+        cipher = None if self._vault is None else await self._vault.ensure(job_id)
+        rows = [_row(part, cipher) for part in segments.split(entries)]
+        snapshot = segments.compress(state) if state else b""
+        if snapshot and cipher is not None:
+            snapshot = cipher.seal_blob(snapshot, snapshot_place(str(fold.cursor)))
         answer = await self._scripts.call(
             Scripts.SEAL, keys.partition_of_job(job_id), job_id, _said(known.log), _said(known.snap),
-            segments.compress(state) if state else b"", len(rows), *flatten(rows),
+            snapshot, len(rows), *flatten(rows),
         )  # fmt: skip
         verdict = text(answer[0])
         if verdict in {"stale", "gone"}:
@@ -103,6 +111,12 @@ class Snapshots:
             if entries and entries[-1].cursor.seq >= end.seq:
                 break
         return entries if entries and entries[-1].cursor == end else []
+
+
+def _row(part: Sequence[Entry], cipher: Cipher | None) -> tuple[str, bytes]:
+    """A segment's line of the index, and the segment. It is compressed before it is encrypted."""
+    line, blob = str(segments.describe(part)), segments.encode(part)
+    return line, blob if cipher is None else cipher.seal_blob(blob, segment_place(line))
 
 
 def _said(cursor: Cursor) -> str:

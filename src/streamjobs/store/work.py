@@ -14,11 +14,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import structlog
 from redis.asyncio import Redis
 
+from streamjobs import confidential
 from streamjobs.config import Settings
+from streamjobs.errors import DamagedCiphertext, EncryptionKeyMissing, Invalid, JobNotFound, Shredded
 from streamjobs.store import keys
 from streamjobs.store.scripts import Scripts, flatten, text, translated
+from streamjobs.store.vault import Vault
+
+log = structlog.get_logger(__name__)
 
 Outcome = Literal["keep", "completed", "failed", "cancelled", "retry", "sleep", "wait", "yield"]
 
@@ -55,7 +61,7 @@ class Batch(msgspec.Struct, frozen=True):
     """Events of one job under one lease, and what becomes of it; frozen once sent.
 
     `timers` is JSON (key -> delay in ms, below 0 to take that timer back) or empty; `seen` the inbox count
-    its sender has read.
+    its sender has read. `stored` are its events as they are sent, once and for all, where they are encrypted.
     """
 
     job_id: str
@@ -66,6 +72,7 @@ class Batch(msgspec.Struct, frozen=True):
     seen: int = 0
     delay_ms: int = 0
     timers: bytes = b""
+    stored: list[tuple[str, bytes]] = []
 
     def row(self) -> list[str | bytes | int]:
         """Its part of the append script's arguments."""
@@ -79,7 +86,7 @@ class Batch(msgspec.Struct, frozen=True):
             self.timers,
             len(self.events),
         ]
-        for kind, data in self.events:
+        for kind, data in self.stored or self.events:
             head.append(kind)
             head.append(data)
         return head
@@ -124,10 +131,13 @@ class Sweep(NamedTuple):
 class Work:
     """Takes, advances, renews and wakes jobs."""
 
-    def __init__(self, client: Redis, scripts: Scripts, settings: Settings) -> None:
+    def __init__(
+        self, client: Redis, scripts: Scripts, settings: Settings, vault: Vault | None = None
+    ) -> None:
         self._client: Any = client
         self._scripts = scripts
         self._settings = settings
+        self._vault = vault
 
     async def take(
         self, partition: int, worker: str, number: int, wanted: int, queues: Sequence[str]
@@ -139,7 +149,7 @@ class Work:
         pairs = iter([text(end) for end in ends])
         return Taken(
             now_ms,
-            [_lease(job) for job in jobs],
+            [self._opened(job) for job in jobs],
             dict(zip(pairs, pairs, strict=True)),
             [text(f) for f in failures],
         )
@@ -151,9 +161,40 @@ class Work:
         Raises `StoreFull`, `StoreUnavailable`; the same batches may then be sent again.
         """
         script = Scripts.APPEND_ALWAYS if always else Scripts.APPEND
-        rows = flatten(batch.row() for batch in batches)
-        answers = await self._scripts.call(script, partition, len(batches), *rows)
-        return [_answer(answer) for answer in answers]
+        refused = {} if self._vault is None else await self._encrypt(self._vault, batches)
+        sent = [batch for batch in batches if id(batch) not in refused] if refused else batches
+        answers: list[Any] = []
+        if sent:
+            answers = await self._scripts.call(script, partition, len(sent), *flatten(b.row() for b in sent))
+        if not refused:
+            return [_answer(answer) for answer in answers]
+        written = map(_answer, answers)
+        return [refused[id(batch)] if id(batch) in refused else next(written) for batch in batches]
+
+    async def _encrypt(self, vault: Vault, batches: Sequence[Batch]) -> dict[int, Answer]:
+        """Answers for batches that cannot be encrypted, and so must not be sent."""
+        refused: dict[int, Answer] = {}
+        for batch in batches:
+            try:
+                await vault.encrypt(batch)
+            except (JobNotFound, EncryptionKeyMissing, DamagedCiphertext, Invalid) as error:
+                verdict = "error" if error.code != JobNotFound.code else "gone"
+                refused[id(batch)] = Answer(verdict, detail=str(error))
+        return refused
+
+    def _opened(self, row: list[Any]) -> Lease:
+        """A lease with its first event as that was written; without it where it cannot be read."""
+        lease = _lease(row)
+        if self._vault is None:
+            return lease
+        try:
+            cipher = self._vault.cipher(lease.job_id, row[11])
+            if cipher is None or not lease.queued:
+                return lease
+            return lease._replace(queued=confidential.decrypt(cipher, "job.queued", lease.queued))
+        except (Shredded, EncryptionKeyMissing, DamagedCiphertext) as error:
+            log.error("job.unreadable", job_id=lease.job_id, error=str(error))
+            return lease._replace(queued=b"")  # who runs it reads the log, and meets the same
 
     async def renew(self, partition: int, leases: Iterable[tuple[str, int]]) -> tuple[int, list[Renewal]]:
         """Extend leases given as (job id, epoch); returns Redis's clock and one renewal each, in order."""

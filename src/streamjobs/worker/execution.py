@@ -31,6 +31,7 @@ from streamjobs.errors import (
     JobNotFound,
     LimitExceeded,
     ProviderError,
+    Shredded,
     StoreUnavailable,
     StreamjobsError,
 )
@@ -267,6 +268,8 @@ class Execution:
             except StoreUnavailable:
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))
                 delay = min(1.0, delay * 2)
+            except Shredded:
+                raise  # it is there, and has to end
             except JobNotFound as error:
                 raise Fenced("the job is gone") from error
 

@@ -417,6 +417,7 @@ local function finish(job, epoch, event, content)
   if job.h.family then redis.call('PEXPIREAT', job.key .. ':children', expiry) end
   if job.h.asked then redis.call('PEXPIREAT', job.key .. ':seen', expiry) end
   if job.h.artifacts then redis.call('PEXPIREAT', job.key .. ':artifacts', expiry) end
+  if job.h.datakey then redis.call('PEXPIREAT', job.key .. ':datakey', expiry) end
   if job.h.idem then
     redis.call('PEXPIREAT', PREFIX .. 'idem:' .. job.h.idem, math.max(expiry, number(job, 'created') + OPT.idempotency))
   end

@@ -1,8 +1,10 @@
 -- read: a bounded page of one job's log behind a cursor, with what is needed to trust it. Writes nothing.
 -- KEYS 1 the job's hash
 -- ARGV 1 cursor ('0-0': from the first event; 'snap': behind the stored snapshot, or from the first event without one;
---        'last': the last event only), 2 events at most, 3 bytes at most, 4 index line of a segment that the caller has
--- answer: {status, last id, found, entries, index line, segment, sealed, snap, snapshot} | {} without the job
+--        'last': the last event only), 2 events at most, 3 bytes at most, 4 index line of a segment that the caller has,
+--        5 there only where the caller encrypts
+-- answer: {status, last id, found, entries, index line, segment, sealed, snap, snapshot, record of the job's data key (only
+--        where the caller encrypts; '' for none, '-' where it was deleted)} | {} without the job
 --   found: 1 if the cursor is in the log or 0-0, 2 if it is where it should be in the segment, which the caller looks up
 --   a segment that holds what follows comes whole, and then no entries do; '' for the segment that the caller has
 -- At least one entry comes where there is one; further ones while they fit the bytes.
@@ -11,10 +13,14 @@ local head = redis.call('HMGET', KEYS[1], 'status', 'last', 'sealed', 'snap')
 if not head[1] then return {} end
 local log, history = KEYS[1] .. ':events', KEYS[1] .. ':sealed'
 local sealed, snap, snapshot = head[3] or '', head[4] or '', ''
+local record
+if ARGV[5] then
+  record = redis.call('GET', KEYS[1] .. ':datakey') or redis.call('HGET', KEYS[1], 'datakey') and '-' or ''
+end
 local cursor, limit, budget = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 
 local function page(found, entries, line, segment)
-  return { head[1], head[2], found, entries, line or '', segment or '', sealed, snap, snapshot }
+  return { head[1], head[2], found, entries, line or '', segment or '', sealed, snap, snapshot, record }
 end
 
 local function seq_of(id) return tonumber(string.match(id, '^%d+')) end

@@ -3,6 +3,7 @@
 --   sets the expiry of everything of the job
 -- or "delete", 3 job, 4 JSON fields of the note;  or "relieve", 3 how many at most, 4 how long ended at least (ms)
 -- answer: {"ok"} | {"live", status} | {"gone"};  relieve: how many jobs went. Sent twice, keep says the same, delete "gone".
+-- The data key of an archived job stays when the job goes, because its file does: until it is deleted.
 -- `ended` names kept jobs by when they expire: those that would go first go first when memory is short. Held ones are
 -- not there: they would be nowhere then.
 
@@ -17,8 +18,9 @@ local function keys_of(job)
 end
 
 -- Projections are told, so that lists lose it at once
-local function drop(job)
+local function drop(job, has_file)
   redis.call('UNLINK', unpack(keys_of(job)))
+  if job.h.datakey and not has_file then redis.call('DEL', job.key .. ':datakey') end
   if job.h.idem then redis.call('UNLINK', PREFIX .. 'idem:' .. job.h.idem) end
   redis.call('ZREM', PREFIX .. 'dead', job.id)
   redis.call('ZREM', KEPT, job.id)
@@ -37,6 +39,11 @@ function acts.keep()
   end
   local expiry = string.format('%d', math.max(number(job, 'ended') + ARGV[4], NOW + 1))
   for _, key in ipairs(keys_of(job)) do redis.call('PEXPIREAT', key, expiry) end
+  if job.h.datakey and job.h.archived then
+    redis.call('PERSIST', job.key .. ':datakey')
+  elseif job.h.datakey then
+    redis.call('PEXPIREAT', job.key .. ':datakey', expiry)
+  end
   if job.h.idem then
     local remembered = number(job, 'created') + OPT.idempotency
     redis.call('PEXPIREAT', PREFIX .. 'idem:' .. job.h.idem, string.format('%d', math.max(tonumber(expiry), remembered)))
@@ -66,7 +73,7 @@ function acts.relieve()
     if not job then
       redis.call('ZREM', KEPT, id)
     elseif ENDED[job.h.status] and number(job, 'ended') <= NOW - ARGV[4] then
-      drop(job)
+      drop(job, job.h.archived)
       count = count + 1
     end
   end

@@ -7,6 +7,7 @@
 --   event: job.queued as JSON without ts
 --   tick: '' or "schedule due next": the schedule must wait for the tick `due`, and then waits for `next`; both are '-'
 --   for a job out of turn, which needs the schedule only
+-- behind the rows, where the caller encrypts: for each the record of its data key, or ''
 -- row: {"ok", id, cursor} | {"same", id, cursor} (this submission came before) | {"mismatch", id}
 --      (its key came with another body) | {"parent", status} (the parent takes no more children, is gone, or is
 --      "foreign": its owner is another) | {"depth"|"children", the most there may be} | {"error", why}
@@ -107,7 +108,7 @@ local function take_turn(turn, job)
   redis.call('HINCRBY', turn.key, 'runs', 1)
 end
 
-local function submit(at)
+local function submit(at, record)
   local id, owner, kind, queue, priority = unpack(ARGV, at, at + 4)
   local delay, start_timeout, timeout = tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6]), tonumber(ARGV[at + 7])
   local ckey, idem, body, parent, event, tick = unpack(ARGV, at + 8, at + 13)
@@ -144,6 +145,10 @@ local function submit(at)
     put(job, 'depth', depth)
     stamp = stamp .. '"depth":' .. depth .. ','
   end
+  if record and record ~= '' then
+    redis.call('SET', job.key .. ':datakey', parent ~= '' and record .. ' ' .. parent or record)
+    put(job, 'datakey', '1')
+  end
   admit(job, delay)
   if job.h.held then stamp = stamp .. '"held":"owner_limit",' end
   local queued = stamp .. string.sub(event, 2)
@@ -161,6 +166,7 @@ local function submit(at)
 end
 
 local answers = {}
-for i = 1, tonumber(ARGV[2]) do answers[i] = guarded(submit, 3 + (i - 1) * WIDTH) end
+local ROWS = tonumber(ARGV[2])
+for i = 1, ROWS do answers[i] = guarded(submit, 3 + (i - 1) * WIDTH, ARGV[2 + ROWS * WIDTH + i]) end
 settle()
 return answers

@@ -6,6 +6,7 @@
 --   tickets beyond what one call looks at, where this take stopped; failures: why, …
 -- job: {id, epoch, seq, attempt, inbox, crashes, ms left or -1, kind, owner, queue, job.queued or ''}; job.queued
 --   comes along, out of the ticket, where it is short and, beside job.started, all there is
+--   and, where the caller encrypts, the record of its data key: '' where it has none, '-' where that was deleted
 -- The number makes it safe to send twice: its leases are filed for one lease time and answered again.
 
 local WORKER, NUMBER, WANTED = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -63,8 +64,10 @@ end
 
 local function described(job, queued)
   local left = job.h.deadline and math.max(0, tonumber(job.h.deadline) - NOW) or -1
-  return { job.id, tonumber(job.h.lease), number(job, 'seq'), number(job, 'attempt'), number(job, 'inbox'),
+  local lease = { job.id, tonumber(job.h.lease), number(job, 'seq'), number(job, 'attempt'), number(job, 'inbox'),
     number(job, 'crashes'), left, job.h.kind, job.h.owner, job.h.queue, queued }
+  if OPT.encrypts then lease[12] = job.h.datakey and (redis.call('GET', job.key .. ':datakey') or '-') or '' end
+  return lease
 end
 
 local LEASE_END = string.format('%d', NOW + OPT.lease)
