@@ -96,7 +96,7 @@ class SafeClient:
         fields = {name.lower(): value for name, value in (headers or {}).items()}
         if json is not None:
             content = encode_json(json)
-            fields.setdefault("content-type", "application/json")
+            fields = {"content-type": "application/json"} | fields
         async with asyncio.timeout(self._settings.fetch_timeout):
             return await self._follow(_Hop(method, url, fields, content))
 
