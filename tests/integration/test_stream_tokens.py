@@ -36,6 +36,19 @@ async def test_a_browser_watches_with_a_token(redis: RedisProcess):
         ] == CANARY
 
 
+async def test_a_token_of_somebody_who_sees_every_job(redis: RedisProcess):
+    """An operator's page, and everybody's while nobody is asked who he is, would show nothing."""
+    async with made_world(redis.url) as world:
+        given = await token_of(world, "admin")
+        assert (
+            await world.served.client.get(f"/v1/jobs/{world.job}?token={given['token']}")
+        ).status_code == 200
+    async with made_world(redis.url, auth=()) as world:
+        given = (await world.served.client.post(f"/v1/jobs/{world.job}/token")).json()
+        answer = await world.served.client.get(f"/v1/jobs/{world.job}?token={given['token']}")
+        assert answer.json()["text"] == CANARY
+
+
 async def test_a_token_opens_nothing_else(redis: RedisProcess):
     """A link that somebody passed on would give away all jobs, or let others cancel this one."""
     async with made_world(redis.url) as world:

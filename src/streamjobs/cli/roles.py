@@ -58,7 +58,7 @@ def serve(
     MODULE:APP names your App: submissions are checked against its workflows, agents and tools.
 
     \b
-    streamjobs serve --redis-url redis://redis:6379 --host 0.0.0.0
+    streamjobs serve --redis-url redis://redis:6379 --host 0.0.0.0 --set auth=keys
     streamjobs serve mypackage.jobs:app --ops-port 9090
     streamjobs serve mypackage.jobs:app --workers 4
     """

@@ -231,8 +231,10 @@ class Access:
 
     async def require_own(self, principal: Principal, job_id: str) -> None:
         """Raise `JobNotFound` unless this job is the principal's to see; or `StoreUnavailable`."""
-        if principal.job and principal.job != job_id:
-            raise JobNotFound("no such job")
+        if principal.job:  # of a token, which was given to somebody who may see the job
+            if principal.job != job_id:
+                raise JobNotFound("no such job")
+            return
         if not principal.sees_all and await self._owner_of(job_id) != principal.owner:
             raise JobNotFound("no such job")
 
