@@ -257,6 +257,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Where Anthropic's API is."""
     anthropic_api_key: str = ""
     """Its key; also read from `ANTHROPIC_API_KEY`."""
+    provider_keys: tuple[str, ...] = ()
+    """Keys of single tenants, in place of the common one: `acme/openai=env:ACME_KEY`, or the key itself.
+    As text: with commas."""
     provider_connect_timeout: float = 10.0
     """How long connecting to a provider may take."""
     provider_first_byte_timeout: float = 60.0
@@ -427,7 +430,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 FIELDS = Settings.__struct_fields__
 SECRETS = (
     "redis_url", "redis_password", "openai_api_key", "anthropic_api_key", "smtp_url",
-    "jwt_secrets", "token_keys", "encryption_keys",
+    "jwt_secrets", "token_keys", "encryption_keys", "provider_keys",
 )  # fmt: skip
 """Settings that are secrets, or hold one. They may be references."""
 
@@ -437,11 +440,18 @@ def secrets_of(settings: Settings) -> list[str]:
     found: list[str] = []
     for name in SECRETS:
         value: str | tuple[str, ...] = getattr(settings, name)
-        found.extend(map(_secret_in, (value,) if isinstance(value, str) else value))
+        named = _NAMED_SECRETS.get(name, "")
+        found.extend(_secret_in(text, named) for text in ((value,) if isinstance(value, str) else value))
     return [secret for secret in found if secret]
 
 
-def _secret_in(value: str) -> str:
+_NAMED_SECRETS = {"token_keys": ":", "encryption_keys": ":", "provider_keys": "="}
+"""Lists whose members have a name, and what is between that and the secret."""
+
+
+def _secret_in(value: str, named: str) -> str:
+    if named:
+        return value.partition(named)[2]
     try:
         return unquote(urlsplit(value).password or "") if "://" in value else value
     except ValueError:  # no address; who uses it will say so
@@ -505,6 +515,9 @@ def _fetched(name: str, value: Any, env: Mapping[str, str]) -> Any:
     """What a reference refers to, or each of a list; any other value as it is."""
     if isinstance(value, list | tuple):
         return [_fetched(name, one, env) for one in value]  # pyright: ignore[reportUnknownVariableType]
+    if name == "provider_keys" and isinstance(value, str) and "=" in value:
+        whose, _, key = value.partition("=")
+        return f"{whose}={_fetched('', key, env)}"
     kind, _, where = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind == "env":
         if where not in env:
@@ -530,7 +543,7 @@ def _refuse_links(variable: str, text: str) -> None:
 _LISTS = frozenset(
     {"queues", "priority_weights", "projections", "retention_policies", "webhook_allow", "fetch_allow"}
     | {"isolated_tools", "tool_process_env", "auth", "cors_origins", "jwt_secrets", "token_keys"}
-    | {"encryption_keys"}
+    | {"encryption_keys", "provider_keys"}
 )
 
 
@@ -585,6 +598,18 @@ _POSITIVE = (
 )  # fmt: skip
 
 
+def tenant_keys(settings: Settings) -> dict[tuple[str, str], str]:
+    """The keys of `provider_keys` by tenant and provider. Raises `ConfigError`, which quotes no key."""
+    keys: dict[tuple[str, str], str] = {}
+    for text in settings.provider_keys:
+        whose, equals, key = text.partition("=")
+        tenant, slash, provider = whose.partition("/")
+        if not (equals and slash and tenant and key.strip()) or provider not in {"openai", "anthropic"}:
+            raise ConfigError("setting 'provider_keys': <tenant>/openai=<key> or <tenant>/anthropic=<key>")
+        keys[tenant, provider] = key.strip()
+    return keys
+
+
 def _check_origins(settings: Settings) -> None:
     if "*" in settings.cors_origins and settings.auth_cookie:
         raise ConfigError("setting 'cors_origins': not every origin (*) where auth_cookie is taken")
@@ -601,6 +626,7 @@ def _check_choices(settings: Settings) -> None:
         if getattr(settings, name) > _MAX_PORT:
             raise ConfigError(f"setting {name!r}: at most {_MAX_PORT}")
     _check_origins(settings)
+    tenant_keys(settings)
     if not settings.queues or not all(_QUEUE.fullmatch(queue) for queue in settings.queues):
         raise ConfigError("setting 'queues': at least one name, each 1 to 64 of letters, digits and ._-")
     if sum(settings.priority_weights) < 1 or min(settings.priority_weights) < 0:

@@ -498,6 +498,28 @@ async def test_which_provider_a_model_means(settings: Any, model: str, expected:
     await providers.aclose()
 
 
+async def test_a_tenant_is_served_with_its_own_key(kind: str) -> None:
+    """One customer's requests would be on another one's bill."""
+    keys: list[str] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        keys.append(next(key for key in ("sk-of-acme", "sk-common") if key in head))
+        writer.write(b"HTTP/1.1 401 no\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        changes = {f"{kind}_base_url": url, f"{kind}_api_key": "sk-common"}
+        providers = Providers(Settings(provider_keys=(f"acme/{kind}=sk-of-acme",), **changes))
+        for owner in ("acme/anna", "globex/anna", "acme", ""):
+            provider, model = providers.resolve(f"{kind}:m", owner)
+            with pytest.raises(ProviderError):
+                [piece async for piece in provider.stream(ModelRequest(model, HELLO))]
+        await providers.aclose()
+    assert keys == ["sk-of-acme", *["sk-common"] * 3]
+
+
 @pytest.mark.parametrize(
     ("settings", "model", "words"),
     [

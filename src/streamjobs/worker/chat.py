@@ -82,7 +82,7 @@ class _Conversation:
         self._ctx = ctx
         self._key = key
         agent = ctx.app.find_agent(request.agent) if request.agent else None
-        self._provider, self._model = ctx.providers.resolve(_model_of(ctx, request, agent))
+        self._provider, self._model = ctx.providers.resolve(_model_of(ctx, request, agent), ctx.owner)
         self._parameters: dict[str, Json] = {**(agent.parameters if agent else {}), **request.parameters}
         self._tools = _tools_of(ctx, request, agent)
         self._messages = _opening(request, agent)
