@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -13,6 +14,7 @@ import httpx
 import jwt
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -281,6 +283,31 @@ async def test_a_jwt_names_its_owner(world: World):
         answer = await world.ask("GET", "/v1/jobs/{id}", {"authorization": f"Bearer {wrong}"})
         assert answer.status_code in {401, 404}
         assert CANARY not in answer.text
+
+
+async def test_a_jwt_of_somebody_elses_key(redis: RedisProcess):
+    """Users of an identity provider, which shares no secret with anybody, could not sign in."""
+    private = rsa.generate_private_key(65537, 2048)
+    public = jwt.algorithms.RSAAlgorithm.to_jwk(private.public_key(), as_dict=True) | {"kid": "one"}
+    body = json.dumps({"keys": [public]}).encode()
+
+    async def publish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.close()
+
+    claims = {"sub": "anna", "tenant": "acme", "exp": time.time() + 60, "iss": "us", "aud": "streamjobs"}
+    async with await asyncio.start_server(publish, "127.0.0.1", 0) as issuer:
+        url = f"http://127.0.0.1:{issuer.sockets[0].getsockname()[1]}/keys"
+        settings = {"jwt_jwks_url": url, "jwt_issuer": "us", "jwt_audience": "streamjobs"}
+        async with serving(redis.url, auth=("jwt",), **settings) as served:
+            script = await served.script(owner="acme/anna")
+            for change, status in (({}, 200), ({"sub": "bert"}, 404), ({"aud": "others"}, 401)):
+                signed = jwt.encode(claims | change, private, "RS256", headers={"kid": "one"})
+                answer = await served.client.get(
+                    f"/v1/jobs/{script.id}", headers={"authorization": f"Bearer {signed}"}
+                )
+                assert answer.status_code == status
 
 
 async def test_a_proxy_that_knows(redis: RedisProcess):
