@@ -158,7 +158,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def quicken(options: argparse.Namespace) -> None:
     options.back_viewers = min(options.back_viewers, 50)
-    options.back_seconds = min(options.back_seconds, 4.0)
+    options.back_seconds = min(options.back_seconds, 2.0)
 
 
 def steps(options: argparse.Namespace) -> int:

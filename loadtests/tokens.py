@@ -282,7 +282,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def quicken(options: argparse.Namespace) -> None:
     options.streams = min(options.streams, 50)
-    options.seconds = min(options.seconds, 4.0)
+    options.seconds = min(options.seconds, 1.0)
     options.flat_tokens = min(options.flat_tokens, 200)
 
 

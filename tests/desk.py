@@ -291,7 +291,7 @@ class Desk:
         if submission.job_id not in self.children:
             self.children.append(submission.job_id)
 
-    def resolve(self, model: str) -> tuple[Desk, str]:
+    def resolve(self, model: str, _owner: str = "") -> tuple[Desk, str]:
         """The provider of any model: the desk itself."""
         return self, model
 

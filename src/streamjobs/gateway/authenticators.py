@@ -8,6 +8,7 @@ who come back during an outage are not turned off.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
 from collections import OrderedDict
@@ -31,6 +32,8 @@ OPEN = "open"
 """In `auth`: nobody is asked who he is, on purpose."""
 
 _CACHED = 10_000
+_LOOKUP_TIMEOUT = 1.0
+"""Seconds that Redis gets to say what it knows of a key; then what it said before holds."""
 
 
 class Asking(NamedTuple):
@@ -90,13 +93,14 @@ class KeyAuthenticator:
         if known is not None and time.monotonic() < known[1]:
             return known[0]
         try:
-            key = await self._store.api_keys.get(key_id)
+            async with asyncio.timeout(_LOOKUP_TIMEOUT):
+                key = await self._store.api_keys.get(key_id)
         except KeyNotFound:
             key = None
-        except StoreUnavailable:
+        except (StoreUnavailable, TimeoutError):
             if known is None:
-                raise
-            return known[0]
+                raise StoreUnavailable("Redis cannot be reached now") from None
+            key = known[0]
         self._known[key_id] = key, time.monotonic() + self._ttl
         self._known.move_to_end(key_id)
         while len(self._known) > _CACHED:
