@@ -331,6 +331,17 @@ def by_header(asking: Asking) -> Principal | None:
     return Principal(tenant="acme", subject=name) if name else None
 
 
+async def test_what_is_for_somebody_else_is_left_alone(redis: RedisProcess):
+    """Behind a proxy that asks for a password, whose header it passes on, nothing would work."""
+    basic = {"authorization": "Basic YW5uYTpwYXNz"}
+    async with serving(redis.url) as served:
+        assert (await served.client.get("/v1/jobs", headers=basic)).status_code == 200
+    async with serving(redis.url, auth=("proxy",)) as served:
+        answer = await served.client.get("/v1/jobs", headers=basic | {"x-streamjobs-owner": "anna"})
+        assert answer.status_code == 200
+        assert (await served.client.get("/v1/jobs", headers=basic)).status_code == 401
+
+
 async def test_a_function_of_yours(redis: RedisProcess):
     """Whoever has sessions of his own could not use them."""
     async with serving(redis.url, auth=(f"{__name__}:by_header",)) as served:

@@ -25,15 +25,15 @@ class Credential(NamedTuple):
 
 
 def credential_of(scope: Scope, cookie: str, *, from_query: bool) -> Credential | None:
-    """The request's credential; None without one. Raises `Unauthenticated` for one that is none.
+    """The request's credential; None without one that is ours. Raises `Unauthenticated` for several.
 
     A header wins over a `?token=`, which counts where `from_query` says so, and that over the cookie.
     """
     headers = Headers(scope=scope)
-    given = headers.get("authorization")
-    if given is not None:
-        if not given.lower().startswith(_BEARER) or len(headers.getlist("authorization")) > 1:
-            raise Unauthenticated("Authorization: one Bearer token is what is understood here")
+    if len(headers.getlist("authorization")) > 1:
+        raise Unauthenticated("Authorization: one is what is understood here")
+    given = headers.get("authorization", "")
+    if given.lower().startswith(_BEARER):
         return Credential(given[len(_BEARER) :].strip(), "header")
     if "x-api-key" in headers:
         return Credential(headers["x-api-key"], "header")
