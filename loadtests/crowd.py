@@ -112,8 +112,9 @@ class Watchful(Viewer):
         now = 1000 * time.time()
         whole, end, self.rest = (self.rest + data).rpartition(b"\n\n")
         left = self.crowd.plan.tokens - self.next
-        instants = self.crowd.instants.findall(whole)
-        self.crowd.delays += [now - int(instant) for instant in instants[:left]]
+        if MARK in whole:  # what comes before the first token is as old as the job
+            instants = self.crowd.instants.findall(whole)
+            self.crowd.delays += [now - int(instant) for instant in instants[:left]]
         for number in NUMBERS.findall(whole + end)[:left]:
             self.crowd.holes += int(number) != self.next
             self.next = int(number) + 1
