@@ -98,8 +98,13 @@ class Folder:
     def commit(self, staged: Path, name: str) -> None:
         """Survives a power loss once it returns; what killed writers of this file left is removed."""
         path = self._root / name
-        _sync(staged)
-        staged.replace(path)
+        try:
+            _sync(staged)
+            staged.replace(path)
+        except FileNotFoundError:
+            if not path.exists():
+                raise ArchiveUnavailable("the archive: a file vanished before it had its name") from None
+            return  # who wrote the same job at the same time was first, and took ours for a dead writer's
         _sync(path.parent)
         for left in path.parent.glob(f".{path.name}.*"):
             left.unlink(missing_ok=True)

@@ -209,6 +209,20 @@ async def test_who_is_cancelled_leaves_no_file_open(folder: Archive, tmp_path: P
     assert await read(folder) == ENTRIES
 
 
+async def test_two_who_write_the_same_job_both_succeed(tmp_path: Path):
+    """Two projectors meet at one job: the second one would set it aside as a failure."""
+    folder = Folder(tmp_path)
+    first, second = folder.stage("ab/job"), folder.stage("ab/job")
+    for staged in (first, second):
+        staged.write_bytes(b"the same")
+        folder.commit(staged, "ab/job")
+    assert [path.name for path in files_of(tmp_path)] == ["job"]
+    gone = folder.stage("ab/other")
+    gone.unlink()
+    with pytest.raises(ArchiveUnavailable):
+        folder.commit(gone, "ab/other")
+
+
 async def test_what_was_written_is_read_back(tmp_path: Path):
     """A disk that lies would be believed, and the job in Redis let go."""
     with pytest.raises(DamagedArchive):
