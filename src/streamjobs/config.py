@@ -10,6 +10,7 @@ Sources, later ones win: the defaults here, a YAML or JSON file, environment var
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -447,6 +448,13 @@ def secrets_of(settings: Settings) -> list[str]:
 
 _NAMED_SECRETS = {"token_keys": ":", "encryption_keys": ":", "provider_keys": "="}
 """Lists whose members have a name, and what is between that and the secret."""
+
+
+@functools.lru_cache(maxsize=8)
+def without_secrets(settings: Settings) -> Settings:
+    """The same settings, their secrets as if they were not set."""
+    defaults = Settings()
+    return msgspec.structs.replace(settings, **{name: getattr(defaults, name) for name in SECRETS})
 
 
 def _secret_in(value: str, named: str) -> str:

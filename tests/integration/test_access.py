@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -19,16 +21,18 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from streamjobs.config import Settings
-from streamjobs.errors import ConfigError, JobNotFound
+from streamjobs.errors import ConfigError, JobNotFound, StoreUnavailable
 from streamjobs.gateway.access import RULES
-from streamjobs.gateway.authenticators import Asking, authenticators_of
+from streamjobs.gateway.authenticators import Asking, KeyAuthenticator, authenticators_of
 from streamjobs.gateway.server import listen
 from streamjobs.identity.principal import DEFAULT_SCOPES, Principal
 from streamjobs.projections.index import IndexProjection
+from streamjobs.projections.retention import RetentionProjection
+from streamjobs.projections.snapshot import SnapshotProjection
 from streamjobs.schedule import Schedule, Timing
-from streamjobs.store import Store
+from streamjobs.store import JobRecord, Store
 from streamjobs.webhook import Webhook
-from tests.conftest import RedisProcess, wait_until
+from tests.conftest import RedisProcess, unrestricted, wait_until
 from tests.integration.gateway import Script, Served, serving
 
 CANARY = "canary-of-anna"
@@ -268,6 +272,35 @@ async def test_a_stream_opens_while_redis_is_away(own_redis: RedisProcess):
     assert CANARY not in refused
 
 
+@pytest.mark.parametrize(("who", "status"), [("anna", 200), ("bert", 404)])
+async def test_an_archived_job_that_was_asked_for_in_an_outage(
+    redis: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, status: int
+):
+    """What nobody could check while Redis was away would be read from the archive unchecked."""
+    async with made_world(redis.url, archive_url=str(tmp_path)) as world:
+        script = await Script.start(world.served.store, owner="acme/anna")
+        await script.complete(CANARY)
+        await SnapshotProjection(world.served.store).advance(script.id)
+        await RetentionProjection(world.served.store).advance(script.id)
+        async with unrestricted(world.served.store) as client:
+            await client.delete(*await client.keys(f"*job:{script.id}*"))
+        hub = world.served.gateway.hub
+        head, asked = hub.head, itertools.count()
+
+        async def away_at_first(job_id: str) -> JobRecord:
+            if next(asked) == 0:
+                raise StoreUnavailable("away")
+            return await head(job_id)
+
+        monkeypatch.setattr(hub, "head", away_at_first)
+        answer = await world.served.client.get(
+            f"/v1/jobs/{script.id}/events?after=0", headers=world.bearer(who)
+        )
+        assert answer.status_code == status
+        assert (CANARY in answer.text) == (status == 200)
+        assert next(asked) > 1
+
+
 # --- other ways to be known
 
 
@@ -361,6 +394,7 @@ async def test_a_function_of_yours(redis: RedisProcess):
         ({"auth": ("jwt",)}, "jwt_secrets"),
         ({"auth": ("jwt",), "jwt_secrets": ("short",)}, "at least 32"),
         ({"auth": ("jwt",), "jwt_jwks_url": "https://issuer.example/keys"}, "jwt_audience"),
+        ({"auth": ("jwt",), "jwt_jwks_url": "http://issuer.example/keys"}, "https"),
         ({"auth": ("open", "keys")}, "stands alone"),
         ({"auth": ("no.such:thing",)}, "no.such"),
     ],
@@ -369,8 +403,9 @@ async def test_a_setting_that_cannot_work_is_told_at_the_start(
     store: Store, changes: dict[str, Any], said: str
 ):
     """A typo would leave the gateway open, or closed to everybody."""
+    settings = msgspec.structs.replace(store.settings, **changes)
     with pytest.raises(ConfigError, match=said):
-        authenticators_of(store, msgspec.structs.replace(store.settings, **changes))
+        authenticators_of(settings, KeyAuthenticator(store, settings))
 
 
 def test_strangers_cannot_reach_what_asks_nobody():
@@ -416,6 +451,23 @@ async def test_pages_of_other_sites(redis: RedisProcess):
             async with connect(ws, additional_headers=cookie | {"origin": theirs}):
                 pass
         assert error.value.response.status_code == 403
+
+
+async def test_a_name_that_was_made_to_point_here(redis: RedisProcess):
+    """A page of any site, whose name changes its address, would be a page of ours for its browser."""
+    async with serving(redis.url) as served:
+        port = served.url.rpartition(":")[2]
+        for name, status in (
+            (f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("[::1]:80", 200), ("app.localhost", 200),
+            (f"evil.example:{port}", 403), ("127.0.0.1.evil.example", 403), ("10.0.0.1", 403), ("", 200),
+        ):  # fmt: skip
+            answer = await served.client.get("/v1/jobs", headers={"host": name})
+            assert answer.status_code == status, name
+        assert (await served.client.get("/livez", headers={"host": "pod-7"})).status_code == 200
+    async with serving(redis.url, auth=("open",)) as served:
+        assert (
+            await served.client.get("/v1/jobs", headers={"host": "streamjobs.example"})
+        ).status_code == 200
 
 
 # --- WebSockets

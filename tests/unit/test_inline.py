@@ -6,10 +6,11 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 
-from streamjobs import App, Context, Permanent, Retry, StepError
-from streamjobs.config import Settings
+from streamjobs import App, Context, Permanent, Retry, StepError, ToolContext
+from streamjobs.config import Settings, secrets_of
 from streamjobs.errors import Invalid, UnknownKind
 from streamjobs.testing import ScriptedProvider
 from streamjobs.worker.inline import InlineJobFailed
@@ -42,6 +43,25 @@ def made() -> App:
 def test_a_script_needs_no_server() -> None:
     """The first thing that somebody tries must work with nothing installed but the package."""
     assert made().run_inline("sums", [1, 2], settings=QUICK) == 7
+
+
+def test_a_tool_is_given_no_secret() -> None:
+    """A tool that shows its context to a model would show it every key of the installation."""
+    app = App(builtin_tools=False)
+
+    @app.tool
+    def look(ctx: ToolContext) -> str:
+        """Look."""
+        return str(secrets_of(ctx.settings)) + ctx.settings.files_root
+
+    @app.workflow("looks")
+    async def looks(ctx: Context) -> str:
+        return await ctx.tool("look")
+
+    settings = msgspec.structs.replace(
+        QUICK, openai_api_key="sk-1", redis_url="redis://u:p@h", jwt_secrets=("s",), files_root="/data"
+    )
+    assert app.run_inline("looks", settings=settings) == "[]/data"
 
 
 async def test_in_an_event_loop_it_is_awaited() -> None:

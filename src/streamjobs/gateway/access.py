@@ -3,8 +3,8 @@
 Rule 1: a request passes in this order: the page it comes from, who asks, what it may do, whose job it is.
 Rule 2: somebody else's job is not there: 404, as for one that never was.
 Rule 3: whose a job is never changes, so it is asked once and remembered, for as many jobs as fit.
-Rule 4: an event stream is not refused because Redis is away: it opens, and says nothing of its job until
-that is known to be the client's.
+Rule 4: an event stream is not refused because Redis, or the archive, is away: it opens, and says nothing of
+its job until that is known to be the client's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamjobs import metrics
 from streamjobs.config import Settings
-from streamjobs.errors import Forbidden, JobNotFound, StoreUnavailable, StreamjobsError, Unauthenticated
+from streamjobs.errors import (
+    ArchiveUnavailable,
+    Forbidden,
+    JobNotFound,
+    StoreUnavailable,
+    StreamjobsError,
+    Unauthenticated,
+)
 from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.authenticators import Authenticator, KeyAuthenticator, authenticators_of
 from streamjobs.gateway.credentials import OWNER_HEADER, Credential, credential_of
 from streamjobs.gateway.hub import Hub
-from streamjobs.gateway.origin import require_own_origin
+from streamjobs.gateway.origin import require_local_name, require_own_origin
 from streamjobs.gateway.patience import patiently
 from streamjobs.gateway.requests import PRINCIPAL
 from streamjobs.identity import streamtoken
@@ -60,27 +67,28 @@ class Rule(NamedTuple):
 
 _READ, _WRITE, _ADMIN = Rule("jobs:read"), Rule("jobs:write"), Rule("admin", "all")
 _READ_JOB, _WRITE_JOB = Rule("jobs:read", "job"), Rule("jobs:write", "job")
-_OPEN = Rule(None, "all")
+_WATCH, _WATCH_JOB = Rule("jobs:read", takes_token=True), Rule("jobs:read", "job", takes_token=True)
+_CATALOG, _OPEN = Rule("jobs:read", "all"), Rule(None, "all")
 
 RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/jobs"): _WRITE,
     ("GET", "/v1/jobs"): _READ,
-    ("GET", "/v1/jobs/{id}"): Rule("jobs:read", "job", takes_token=True),
+    ("GET", "/v1/jobs/{id}"): _WATCH_JOB,
     ("DELETE", "/v1/jobs/{id}"): _WRITE_JOB,
-    ("GET", "/v1/jobs/{id}/events"): Rule("jobs:read", "job", takes_token=True, is_stream=True),
+    ("GET", "/v1/jobs/{id}/events"): _WATCH_JOB._replace(is_stream=True),
     ("POST", "/v1/jobs/{id}/token"): _READ_JOB,
-    ("GET", "/v1/jobs/{id}/result"): Rule("jobs:read", "job", takes_token=True),
-    ("GET", "/v1/jobs/{id}/log"): Rule("jobs:read", "job", takes_token=True),
-    ("GET", "/v1/jobs/{id}/effects"): Rule("jobs:read", "job", takes_token=True),
-    ("GET", "/v1/jobs/{id}/artifacts/{name}"): Rule("jobs:read", "job", takes_token=True),
+    ("GET", "/v1/jobs/{id}/result"): _WATCH_JOB,
+    ("GET", "/v1/jobs/{id}/log"): _WATCH_JOB,
+    ("GET", "/v1/jobs/{id}/effects"): _WATCH_JOB,
+    ("GET", "/v1/jobs/{id}/artifacts/{name}"): _WATCH_JOB,
     ("POST", "/v1/jobs/{id}/cancel"): _WRITE_JOB,
     ("POST", "/v1/jobs/{id}/signal"): _WRITE_JOB,
     ("POST", "/v1/jobs/{id}/pause"): _WRITE_JOB,
     ("POST", "/v1/jobs/{id}/resume"): _WRITE_JOB,
     ("POST", "/v1/jobs/{id}/rerun"): _WRITE_JOB,
-    ("GET", "/v1/events"): Rule("jobs:read", takes_token=True),
+    ("GET", "/v1/events"): _WATCH,
     ("POST", "/v1/events/token"): _READ,
-    ("GET", "/v1/ws"): Rule("jobs:read", takes_token=True),
+    ("GET", "/v1/ws"): _WATCH,
     ("POST", "/v1/schedules"): _WRITE,
     ("GET", "/v1/schedules"): _READ,
     ("GET", "/v1/schedules/{id}"): _READ,
@@ -99,8 +107,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/webhooks/{id}/disable"): _WRITE,
     ("GET", "/v1/webhooks/{id}/undelivered"): _READ,
     ("POST", "/v1/webhooks/{id}/undelivered/rerun"): _WRITE,
-    ("GET", "/v1/workflows"): Rule("jobs:read", "all"),
-    ("GET", "/v1/tools"): Rule("jobs:read", "all"),
+    ("GET", "/v1/workflows"): _CATALOG,
+    ("GET", "/v1/tools"): _CATALOG,
     ("GET", "/v1/workers"): _ADMIN,
     ("GET", "/v1/queues"): _ADMIN,
     ("GET", "/v1/stats"): _ADMIN,
@@ -127,8 +135,9 @@ class Access:
         self._hub = hub
         self._archived = archived
         self._settings = settings
-        self._authenticators: Sequence[Authenticator] = authenticators_of(store, settings)
         self._keys = KeyAuthenticator(store, settings)
+        self._authenticators: Sequence[Authenticator] = authenticators_of(settings, self._keys)
+        self._token_keys = parse_keys(settings.token_keys)
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._tokens: StreamTokens | None = None
 
@@ -155,6 +164,8 @@ class Access:
         if rule.need is None:
             return
         require_own_origin(scope, self._settings.cors_origins)
+        if not self._settings.auth:
+            require_local_name(scope)
         principal = await self._principal(scope, rule)
         scope[PRINCIPAL] = principal
         if rule.need not in principal.scopes:
@@ -201,7 +212,7 @@ class Access:
     async def tokens(self) -> StreamTokens:
         """What signs stream tokens: the configured keys, else one that Redis keeps for all gateways."""
         if self._tokens is None:
-            keys = parse_keys(self._settings.token_keys)
+            keys = self._token_keys
             if not keys:
                 secret = await self._store.api_keys.signing_secret(secrets.token_hex(32))
                 keys = {"store": secret.encode()}
@@ -226,7 +237,7 @@ class Access:
         try:
             async with asyncio.timeout(PROOF_TIMEOUT):
                 await prove()
-        except (StoreUnavailable, TimeoutError):
+        except (StoreUnavailable, ArchiveUnavailable, TimeoutError):
             scope[PROOF] = prove
 
     async def require_own(self, principal: Principal, job_id: str) -> None:

@@ -124,6 +124,12 @@ class Archived:
                 metrics.STREAMS_CLOSED.labels(why).inc()
         await send({"type": "http.response.body"})
 
+    async def hand_over(self, scope: Scope, send: Send) -> None:
+        """A stream of nothing, for whom it is not known yet whether the job is his: come back."""
+        await send({"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]})
+        frame = b"" if scope["method"] == "HEAD" else sse.handover_frame("archive_unavailable")
+        await send({"type": "http.response.body", "body": frame})
+
     async def _stream(self, job_id: str, cursor: Cursor | None, send: Send) -> str:
         """Why it ended."""
         try:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -22,6 +23,7 @@ from starlette.types import Scope
 from streamjobs.config import Settings
 from streamjobs.errors import ConfigError, Invalid, KeyNotFound, StoreUnavailable, Unauthenticated
 from streamjobs.gateway.credentials import OWNER_HEADER, SCOPES_HEADER, TENANT_HEADER, Credential
+from streamjobs.gateway.origin import is_this_machine
 from streamjobs.identity import apikey
 from streamjobs.identity.apikey import ApiKey
 from streamjobs.identity.jwt import DEFAULT_TENANT, JwtRules, JwtVerifier, KeySet, fetcher
@@ -59,7 +61,7 @@ class KeyAuthenticator:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._ttl = settings.auth_cache
-        self._known: OrderedDict[str, tuple[ApiKey | None, float]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[ApiKey, float]] = OrderedDict()
 
     async def __call__(self, _scope: Scope, credential: Credential | None) -> Principal | None:
         """See `Authenticator`."""
@@ -96,7 +98,8 @@ class KeyAuthenticator:
             async with asyncio.timeout(_LOOKUP_TIMEOUT):
                 key = await self._store.api_keys.get(key_id)
         except KeyNotFound:
-            key = None
+            self._known.pop(key_id, None)  # and not remembered: made-up ids would push the real ones out
+            return None
         except (StoreUnavailable, TimeoutError):
             if known is None:
                 raise StoreUnavailable("Redis cannot be reached now") from None
@@ -113,6 +116,7 @@ class JwtAuthenticator:
 
     def __init__(self, settings: Settings) -> None:
         url = settings.jwt_jwks_url
+        _require_safe(url)
         keys = KeySet(fetcher(url), settings.jwt_jwks_ttl) if url else None
         self._verifier = JwtVerifier(
             JwtRules(
@@ -192,22 +196,24 @@ class OwnAuthenticator:
         return principal
 
 
-Make = Callable[[Store, Settings], Authenticator]
-_BY_NAME: dict[str, Make] = {
-    "keys": KeyAuthenticator,
-    "jwt": lambda _store, settings: JwtAuthenticator(settings),
-    "proxy": lambda _store, _settings: by_proxy,
-}
+def _require_safe(url: str) -> None:
+    parts = urlsplit(url)
+    if url and parts.scheme != "https" and not is_this_machine(parts.hostname or ""):
+        raise ConfigError("setting 'jwt_jwks_url': https, or whoever is between can sign for everybody")
 
 
-def authenticators_of(store: Store, settings: Settings) -> list[Authenticator]:
+def authenticators_of(settings: Settings, keys: KeyAuthenticator) -> list[Authenticator]:
     """Those that the setting `auth` names; none where nobody is asked who he is. Raises `ConfigError`."""
     if OPEN in settings.auth and len(settings.auth) > 1:
         raise ConfigError("setting 'auth': 'open' stands alone")
     made: list[Authenticator] = []
     for name in settings.auth:
-        if name in _BY_NAME:
-            made.append(_BY_NAME[name](store, settings))
+        if name == "keys":
+            made.append(keys)
+        elif name == "jwt":
+            made.append(JwtAuthenticator(settings))
+        elif name == "proxy":
+            made.append(by_proxy)
         elif ":" in name:
             made.append(OwnAuthenticator.named(name))
         elif name != OPEN:

@@ -39,6 +39,7 @@ from streamjobs.archive import line_of
 from streamjobs.config import Settings
 from streamjobs.cursor import START, Cursor, parse_cursor
 from streamjobs.errors import (
+    ArchiveUnavailable,
     CursorNotFound,
     DamagedCiphertext,
     EncryptionKeyMissing,
@@ -125,10 +126,11 @@ class Events:
         except JobNotFound:
             await self._from_archive(asked, scope, receive, send)
             return
-        if end is not None and asked.cursor == end:
+        is_proven = PROOF not in scope
+        if is_proven and end is not None and asked.cursor == end:
             await Response(status_code=204)(scope, receive, send)
             return
-        if end is not None:
+        if is_proven and end is not None:
             await self._require_readable(asked.job_id)
         coding = self._coding(asked, record)
         headers = [*sse.HEADERS, *(HEADERS if isinstance(coding, Zstd) else ())]
@@ -160,7 +162,10 @@ class Events:
 
     async def _from_archive(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+            if await _is_proven(scope):
+                await self._archived.stream(asked.job_id, asked.cursor, scope, receive, send)
+            else:
+                await self._archived.hand_over(scope, send)
         except JobNotFound:
             metrics.STREAMS_OPENED.labels("refused").inc()
             raise
@@ -222,6 +227,17 @@ class Events:
         if not page.found:
             raise CursorNotFound(f"{cursor} is not in this job's log; read it again without a cursor")
         return page
+
+
+async def _is_proven(scope: Scope) -> bool:
+    """Whether the job is the client's, if that can be said now. Raises `JobNotFound` where it is not."""
+    prove = scope.get(PROOF)
+    if prove is not None:
+        try:
+            await prove()
+        except (ArchiveUnavailable, StoreUnavailable):
+            return False
+    return True
 
 
 async def look_up(hub: Hub, job_id: str) -> tuple[JobRecord | None, Cursor | None]:

@@ -2,11 +2,13 @@
 
 Rule 1: what changes something, and a WebSocket, is refused to pages of other sites than our own, unless their
 origin is in `cors_origins`: a browser sends cookies along, and reaches what listens on its own machine.
-Rule 2: reading across sites is stopped by the browser, which looks at our CORS headers for that.
+Rule 2: while nobody is asked who he is, requests must name this machine.
+Rule 3: reading across sites is stopped by the browser, which looks at our CORS headers for that.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -24,6 +26,7 @@ _SENT = (
     "Authorization",
     "Content-Type",
     "Idempotency-Key",
+    "If-None-Match",
     "Last-Event-ID",
     "Prefer",
     "X-API-Key",
@@ -42,6 +45,29 @@ def require_own_origin(scope: Scope, allowed: tuple[str, ...]) -> None:
         return
     if not origin.startswith(("http://", "https://")) or urlsplit(origin).netloc != headers.get("host"):
         raise ForeignOrigin("pages of other origins may not do this; see the setting cors_origins")
+
+
+def require_local_name(scope: Scope) -> None:
+    """Refuse what was asked for under a name that is not this machine's. Raises `ForeignOrigin`.
+
+    While nobody is asked who he is, only this machine can connect; but a page whose name was made to point
+    here is, for its browser, a page of ours.
+    """
+    host = Headers(scope=scope).get("host")
+    if host and not is_this_machine(urlsplit(f"//{host}").hostname or ""):
+        raise ForeignOrigin(
+            f"Host: {host[:100]} is not this machine, and nobody is asked who he is; see `auth`"
+        )
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host, as in a URL, is a loopback address or a name of one."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import ipaddress
 import socket
 import urllib.parse
 from collections.abc import Callable, Generator
@@ -31,6 +30,7 @@ from streamjobs import metrics
 from streamjobs.config import Settings
 from streamjobs.errors import BadRequest, ConfigError, HeadTooLarge, StreamjobsError, UrlTooLong
 from streamjobs.gateway.edge import CONNECTION, SECURITY_HEADERS
+from streamjobs.gateway.origin import is_this_machine
 from streamjobs.gateway.problems import answer_to
 from streamjobs.gateway.websocket import WebSocket, key_of
 
@@ -79,13 +79,7 @@ def listen(settings: Settings, port: int, *, is_shared: bool = False) -> socket.
 
 def require_guarded(settings: Settings) -> None:
     """Raise `ConfigError` where strangers could reach a gateway that asks nobody who he is."""
-    if settings.auth or settings.host == "localhost":
-        return
-    try:
-        is_loopback = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
+    if not settings.auth and not is_this_machine(settings.host):
         raise ConfigError(
             f"setting 'host': {settings.host} can be reached from elsewhere, and nobody is asked who he is: "
             "set 'auth' (keys, jwt, proxy or a function of yours; open: on purpose), or listen on 127.0.0.1"

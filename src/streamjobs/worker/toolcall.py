@@ -21,6 +21,7 @@ import msgspec
 
 from streamjobs import events as ev
 from streamjobs import metrics
+from streamjobs.config import without_secrets
 from streamjobs.errors import Denied, Fenced, LimitExceeded, OutcomeUnknown
 from streamjobs.events import ErrorInfo, Json, ToolCallRequest, clean_text
 from streamjobs.faults import fault
@@ -226,7 +227,7 @@ class ToolCall:
             call_id=self._call.call_id,
             idempotency_key=self._key(),
             attempt=self._record.starts,
-            settings=self._ctx.settings,
+            settings=without_secrets(self._ctx.settings),
             on_progress=self._on_progress,
             cancelled=lambda: self._ctx.is_cancelled or self._ctx.journal.closed is not None,
         )
