@@ -35,7 +35,7 @@ from streamjobs.gateway.archived import Archived
 from streamjobs.gateway.authenticators import Authenticator, KeyAuthenticator, authenticators_of
 from streamjobs.gateway.credentials import OWNER_HEADER, Credential, credential_of
 from streamjobs.gateway.hub import Hub
-from streamjobs.gateway.origin import require_local_name, require_own_origin
+from streamjobs.gateway.origin import require_own_origin
 from streamjobs.gateway.patience import patiently
 from streamjobs.gateway.requests import PRINCIPAL
 from streamjobs.identity import streamtoken
@@ -163,9 +163,7 @@ class Access:
         """
         if rule.need is None:
             return
-        require_own_origin(scope, self._settings.cors_origins)
-        if not self._settings.auth:
-            require_local_name(scope)
+        require_own_origin(scope, self._settings)
         principal = await self._principal(scope, rule)
         scope[PRINCIPAL] = principal
         if rule.need not in principal.scopes:

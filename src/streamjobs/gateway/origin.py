@@ -2,7 +2,8 @@
 
 Rule 1: what changes something, and a WebSocket, is refused to pages of other sites than our own, unless their
 origin is in `cors_origins`: a browser sends cookies along, and reaches what listens on its own machine.
-Rule 2: while nobody is asked who he is, requests must name this machine.
+Rule 2: while nobody is asked who he is, our own pages are those under a name of this machine: a name of
+somebody else's can be made to point here, and its pages are then, for their browser, ours.
 Rule 3: reading across sites is stopped by the browser, which looks at our CORS headers for that.
 """
 
@@ -35,29 +36,18 @@ _SENT = (
 _METHODS = ("GET", "POST", "PUT", "DELETE")
 
 
-def require_own_origin(scope: Scope, allowed: tuple[str, ...]) -> None:
-    """Refuse pages of other sites than ours and `allowed` what changes something. Raises `ForeignOrigin`."""
+def require_own_origin(scope: Scope, settings: Settings) -> None:
+    """Refuse pages of other sites what changes something. Raises `ForeignOrigin`."""
     if scope["type"] == "http" and scope["method"] in _SAFE:
         return
     headers = Headers(scope=scope)
     origin = headers.get("origin")
-    if origin is None or origin in allowed or "*" in allowed:
+    if origin is None or origin in settings.cors_origins or "*" in settings.cors_origins:
         return
-    if not origin.startswith(("http://", "https://")) or urlsplit(origin).netloc != headers.get("host"):
+    parts = urlsplit(origin)
+    is_own = parts.scheme in {"http", "https"} and parts.netloc == headers.get("host")
+    if not is_own or not (settings.auth or is_this_machine(parts.hostname or "")):
         raise ForeignOrigin("pages of other origins may not do this; see the setting cors_origins")
-
-
-def require_local_name(scope: Scope) -> None:
-    """Refuse what was asked for under a name that is not this machine's. Raises `ForeignOrigin`.
-
-    While nobody is asked who he is, only this machine can connect; but a page whose name was made to point
-    here is, for its browser, a page of ours.
-    """
-    host = Headers(scope=scope).get("host")
-    if host and not is_this_machine(urlsplit(f"//{host}").hostname or ""):
-        raise ForeignOrigin(
-            f"Host: {host[:100]} is not this machine, and nobody is asked who he is; see `auth`"
-        )
 
 
 def is_this_machine(host: str) -> bool:
